@@ -1,0 +1,281 @@
+//! A segment file in, verified; pages out.
+
+use std::fmt;
+use std::ops::Range;
+
+use crate::frame::{Frame, FrameBuf, Page};
+use crate::header::{Header, ROOT_COVERS, read_prefix};
+use crate::index::{self, FrameEntry, PageIndex};
+use crate::limits::HEADER_BYTES;
+use crate::writer::Totals;
+use crate::{Digest, FormatError, Manifest, ReadAt, Record, Space, SpaceId, digest, records};
+
+/// What a segment comes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Summary {
+    /// The root digest: one over all of it.
+    pub digest: Digest,
+    /// The length of the file.
+    pub file_bytes: u64,
+    /// How many frames it has.
+    pub frames: u32,
+    /// How many pages with data.
+    pub data_pages: u64,
+    /// How many pages noted as zero.
+    pub zero_pages: u64,
+    /// The length of all page data before compression.
+    pub raw_bytes: u64,
+    /// The length of all frames as stored.
+    pub stored_bytes: u64,
+}
+
+/// What a segment says of one page.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PageContent {
+    /// Its bytes.
+    Data(Vec<u8>),
+    /// It is zero.
+    Zero,
+    /// Nothing: in a delta it is as in the parent, in a full segment it is zero.
+    Absent,
+}
+
+/// A segment whose header, manifest, records and index were verified on opening. Frames are verified as they are
+/// read, so a page never comes out unverified.
+pub struct SegmentReader<R: ReadAt> {
+    source: R,
+    header: Header,
+    manifest: Manifest,
+    index: Vec<FrameEntry>,
+    records_digest: Digest,
+}
+
+impl<R: ReadAt> fmt::Debug for SegmentReader<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = f.debug_struct("SegmentReader");
+        shown
+            .field("name", &self.manifest.name)
+            .field("digest", &self.header.digest)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<R: ReadAt> SegmentReader<R> {
+    /// Opens a segment: header and its digest, lengths against the limits and the file, the root digest, then the
+    /// manifest and the index.
+    ///
+    /// # Errors
+    /// When any of them is not right; see [`FormatError`].
+    pub fn open(source: R) -> Result<Self, FormatError> {
+        let file_bytes = source.len().map_err(|source| io("length of the file", source))?;
+        // As much of the header as there is: `read_prefix` says what is missing.
+        let mut prefix = vec![0; file_bytes.min(HEADER_BYTES as u64) as usize];
+        read(&source, "header", 0, &mut prefix)?;
+        let header = read_prefix(&prefix)?;
+        check_length(&header, file_bytes)?;
+
+        // All lengths are now both within their limits and within the file.
+        let mut root = digest::root();
+        root.update(&prefix[..ROOT_COVERS]);
+        let mut manifest = vec![0; header.manifest_bytes as usize];
+        read(&source, "manifest", header.manifest_offset(), &mut manifest)?;
+        root.update(&manifest);
+        let records_digest = hash_records(&source, &header, &mut root)?;
+        let mut index = vec![0; header.index_bytes as usize];
+        read(&source, "index", header.index_offset(), &mut index)?;
+        root.update(&index);
+        if digest::finish(&root) != header.digest {
+            return Err(FormatError::Digest {
+                what: "manifest, records or index".into(),
+            });
+        }
+
+        let manifest = Manifest::decode(&manifest)?;
+        let index = index::decode(&manifest, &index, header.body_bytes)?;
+        Ok(Self {
+            source,
+            header,
+            manifest,
+            index,
+            records_digest,
+        })
+    }
+
+    /// The header.
+    #[must_use]
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The digest of the segment: one over all of it, as the index holds the frames' digests.
+    #[must_use]
+    pub fn digest(&self) -> Digest {
+        self.header.digest
+    }
+
+    /// The length of the file.
+    #[must_use]
+    pub fn file_bytes(&self) -> u64 {
+        self.header.file_bytes()
+    }
+
+    /// The manifest.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The index.
+    #[must_use]
+    pub fn index(&self) -> &[FrameEntry] {
+        &self.index
+    }
+
+    /// Reads the records.
+    ///
+    /// # Errors
+    /// When they cannot be read, have changed since opening, or are not well formed.
+    pub fn records(&self) -> Result<Vec<Record>, FormatError> {
+        let mut stored = vec![0; self.header.records_stored_bytes as usize];
+        read(&self.source, "records", self.header.records_offset(), &mut stored)?;
+        if digest::finish(digest::records().update(&stored)) != self.records_digest {
+            return Err(FormatError::Digest {
+                what: "records".into(),
+            });
+        }
+        records::decode(&stored, self.header.records_raw_bytes)
+    }
+
+    /// Which frames have pages of `pages` in their range.
+    #[must_use]
+    pub fn frames_in(&self, space: SpaceId, pages: Range<PageIndex>) -> Range<usize> {
+        let start = self
+            .index
+            .partition_point(|entry| (entry.space, entry.end_page) <= (space, pages.start));
+        let end = self
+            .index
+            .partition_point(|entry| (entry.space, entry.first_page) < (space, pages.end));
+        if pages.is_empty() {
+            start..start
+        } else {
+            start..end
+        }
+    }
+
+    /// Reads frame `i` into `buf`: verified, decompressed, its page table checked.
+    ///
+    /// # Errors
+    /// When there is no such frame, when it cannot be read, or when it is damaged or breaks a rule.
+    pub fn read_frame<'b>(&self, i: usize, buf: &'b mut FrameBuf) -> Result<Frame<'b>, FormatError> {
+        let bad = |why: String| FormatError::invalid(format!("frame {i}"), why);
+        let entry = self
+            .index
+            .get(i)
+            .ok_or_else(|| bad(format!("the segment has {} frames", self.index.len())))?;
+        let space = self.space(entry.space)?;
+        let full = self.manifest.kind.is_full();
+        buf.load(
+            &self.source,
+            self.header.body_offset(),
+            i,
+            entry,
+            space.page_bytes,
+            full,
+        )?;
+        Ok(buf.frame())
+    }
+
+    /// Reads one page. For many, read frames.
+    ///
+    /// # Errors
+    /// When there is no such page in the manifest's spaces, and as [`Self::read_frame`].
+    pub fn read_page(&self, space: SpaceId, page: PageIndex) -> Result<PageContent, FormatError> {
+        let pages = self.space(space)?.pages;
+        if page.0 >= pages {
+            let why = format!("space {space} has {pages} pages");
+            return Err(FormatError::invalid(format!("page {page}"), why));
+        }
+        // Page numbers are below a space's pages, so the next one is a number too.
+        let Some(i) = self.frames_in(space, page..PageIndex(page.0 + 1)).next() else {
+            return Ok(PageContent::Absent);
+        };
+        Ok(match self.read_frame(i, &mut FrameBuf::new())?.get(page) {
+            Some(Page::Data(bytes)) => PageContent::Data(bytes.to_vec()),
+            Some(Page::Zero) => PageContent::Zero,
+            None => PageContent::Absent,
+        })
+    }
+
+    /// Reads and checks everything: the records and every frame.
+    ///
+    /// # Errors
+    /// The first thing that is not right.
+    pub fn verify(&self) -> Result<Summary, FormatError> {
+        self.records()?;
+        let mut totals = Totals::default();
+        let mut buf = FrameBuf::new();
+        for (i, entry) in self.index.iter().enumerate() {
+            self.read_frame(i, &mut buf)?;
+            totals.add(&self.manifest, entry);
+        }
+        Ok(totals.summary(&self.header))
+    }
+
+    fn space(&self, id: SpaceId) -> Result<&Space, FormatError> {
+        self.manifest
+            .space(id)
+            .ok_or_else(|| FormatError::invalid(format!("space {id}"), "it is not in the manifest"))
+    }
+}
+
+fn io(what: &'static str, source: std::io::Error) -> FormatError {
+    FormatError::Io {
+        what: what.into(),
+        source,
+    }
+}
+
+fn read(source: &impl ReadAt, what: &'static str, offset: u64, buf: &mut [u8]) -> Result<(), FormatError> {
+    source
+        .read_exact_at(offset, buf)
+        .map_err(|source| io(what, source))
+}
+
+fn check_length(header: &Header, have: u64) -> Result<(), FormatError> {
+    let need = header.file_bytes();
+    if have < need {
+        return Err(FormatError::Truncated {
+            what: "file".into(),
+            need,
+            have,
+        });
+    }
+    if have > need {
+        return Err(FormatError::invalid(
+            "file length",
+            format!("{} bytes after its end", have - need),
+        ));
+    }
+    Ok(())
+}
+
+/// Adds the stored records to the root digest, and returns their own. In pieces: they are only needed later.
+fn hash_records(
+    source: &impl ReadAt,
+    header: &Header,
+    root: &mut blake3::Hasher,
+) -> Result<Digest, FormatError> {
+    const PIECE: usize = 256 << 10;
+    let mut own = digest::records();
+    let mut at = header.records_offset();
+    let mut piece = vec![0; PIECE.min(header.records_stored_bytes as usize)];
+    while at < header.body_offset() {
+        let length = (header.body_offset() - at).min(PIECE as u64);
+        let bytes = &mut piece[..length as usize];
+        read(source, "records", at, bytes)?;
+        root.update(bytes);
+        own.update(bytes);
+        at += length;
+    }
+    Ok(digest::finish(&own))
+}

@@ -1,0 +1,137 @@
+//! Frames in, a segment file out.
+
+use std::io::{Seek, SeekFrom, Write};
+
+use crate::header::{Header, MAJOR, MINOR, ROOT_COVERS};
+use crate::index::IndexCheck;
+use crate::limits::HEADER_BYTES;
+use crate::records::{self, StoredRecords};
+use crate::{Digest, EncodedFrame, FormatError, Manifest, Record, Summary, WriteError, digest};
+
+/// Writes one segment: the manifest and records first, then frames as they come, then the index; last the header,
+/// so that what was cut off has none. Frames are written in few large writes: `W` need not be buffered.
+///
+/// It does not sync: making the file durable and visible is the store's.
+#[derive(Debug)]
+pub struct SegmentWriter<W: Write + Seek> {
+    out: W,
+    manifest: Manifest,
+    manifest_bytes: Vec<u8>,
+    records: StoredRecords,
+    check: IndexCheck,
+    index: Vec<u8>,
+    totals: Totals,
+}
+
+/// What the frames come to.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Totals {
+    pub(crate) frames: u32,
+    pub(crate) data_pages: u64,
+    pub(crate) zero_pages: u64,
+    pub(crate) raw_bytes: u64,
+}
+
+impl Totals {
+    pub(crate) fn add(&mut self, manifest: &Manifest, entry: &crate::FrameEntry) {
+        // At most MAX_FRAMES frames of at most MAX_FRAME_PAGES pages and MAX_FRAME_DATA_BYTES bytes.
+        let page_bytes = manifest.space(entry.space).map_or(0, |space| space.page_bytes);
+        self.frames += 1;
+        self.data_pages += u64::from(entry.data_pages);
+        self.zero_pages += u64::from(entry.zero_pages);
+        self.raw_bytes += u64::from(entry.data_pages) * u64::from(page_bytes);
+    }
+
+    pub(crate) fn summary(self, header: &Header) -> Summary {
+        Summary {
+            digest: header.digest,
+            file_bytes: header.file_bytes(),
+            frames: self.frames,
+            data_pages: self.data_pages,
+            zero_pages: self.zero_pages,
+            raw_bytes: self.raw_bytes,
+            stored_bytes: header.body_bytes,
+        }
+    }
+}
+
+fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> WriteError {
+    move |source| WriteError::Io { what, source }
+}
+
+impl<W: Write + Seek> SegmentWriter<W> {
+    /// Begins a segment at the start of `out`.
+    ///
+    /// # Errors
+    /// When the manifest or the records break a rule, and when `out` cannot be written.
+    pub fn new(mut out: W, manifest: &Manifest, records: &[Record]) -> Result<Self, WriteError> {
+        let manifest_bytes = manifest.encode()?;
+        let records = records::encode(records)?;
+        out.seek(SeekFrom::Start(0)).map_err(io("header"))?;
+        out.write_all(&[0; HEADER_BYTES]).map_err(io("header"))?;
+        out.write_all(&manifest_bytes).map_err(io("manifest"))?;
+        out.write_all(&records.bytes).map_err(io("records"))?;
+        Ok(Self {
+            out,
+            manifest: manifest.clone(),
+            manifest_bytes,
+            records,
+            check: IndexCheck::default(),
+            index: Vec::new(),
+            totals: Totals::default(),
+        })
+    }
+
+    /// Appends a frame. Frames come in ascending order of space and page.
+    ///
+    /// # Errors
+    /// When the frame is out of order or does not fit the manifest, and when `out` cannot be written.
+    pub fn push(&mut self, frame: EncodedFrame) -> Result<(), WriteError> {
+        let EncodedFrame { mut entry, bytes } = frame;
+        entry.offset = self.check.body_bytes;
+        if bytes.len() != entry.stored_bytes as usize {
+            let why = format!("{} bytes, its entry says {}", bytes.len(), entry.stored_bytes);
+            return Err(FormatError::invalid(format!("frame {}", self.totals.frames), why).into());
+        }
+        self.check.take(&self.manifest, &entry)?;
+        self.out.write_all(&bytes).map_err(io("frames"))?;
+        self.index.extend_from_slice(&entry.encode());
+        self.totals.add(&self.manifest, &entry);
+        Ok(())
+    }
+
+    /// Writes the index and the header, and gives `out` back, flushed but not synced.
+    ///
+    /// # Errors
+    /// When `out` cannot be written.
+    pub fn finish(mut self) -> Result<(W, Summary), WriteError> {
+        self.out.write_all(&self.index).map_err(io("index"))?;
+        let mut header = Header {
+            major: MAJOR,
+            minor: MINOR,
+            features_required: 0,
+            features_optional: 0,
+            // Each was checked against its limit, which is a u32.
+            manifest_bytes: self.manifest_bytes.len() as u32,
+            records_stored_bytes: self.records.bytes.len() as u32,
+            records_raw_bytes: self.records.raw_bytes,
+            frames: self.totals.frames,
+            body_bytes: self.check.body_bytes,
+            index_bytes: self.index.len() as u64,
+            digest: Digest([0; 32]),
+        };
+        let mut root = digest::root();
+        root.update(&header.encode()[..ROOT_COVERS]);
+        root.update(&self.manifest_bytes)
+            .update(&self.records.bytes)
+            .update(&self.index);
+        header.digest = digest::finish(&root);
+        self.out.seek(SeekFrom::Start(0)).map_err(io("header"))?;
+        self.out.write_all(&header.encode()).map_err(io("header"))?;
+        self.out
+            .seek(SeekFrom::Start(header.file_bytes()))
+            .map_err(io("header"))?;
+        self.out.flush().map_err(io("header"))?;
+        Ok((self.out, self.totals.summary(&header)))
+    }
+}

@@ -1,0 +1,366 @@
+//! Calls: the registry this agent keeps, the command line, and other agents.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use segment::VmId;
+
+use super::{Inner, blocking, promote, software};
+use crate::protocol::parent_of;
+use crate::registry::{RegistryAddr, RegistryError, RegistryRequest, Role};
+use crate::store::{Entry, FsStore, StoreError};
+use crate::transport::{ByteStream, Client, FrameWriter, Link, PING_EVERY, TransportError, in_full};
+use crate::wire::{
+    AgentStatus, Call, End, Failure, Fenced, ForgetCall, ForgetReport, ListCall, MAX_PAGE_SEGMENTS, Message,
+    Ping, Reject, Reply, SealCall, SealReport, SegmentBrief, SegmentDetail, SegmentPage, SpaceBrief,
+    VmStatus,
+};
+
+/// How long a connection may be without a call.
+const IDLE: Duration = Duration::from_secs(600);
+/// How much of a segment is sent as one chunk.
+const CHUNK_BYTES: u64 = 512 << 10;
+/// How long another holder may take to forget.
+const FORGET_DEADLINE: Duration = Duration::from_secs(30);
+/// The most VMs a status lists.
+const MAX_STATUS_VMS: usize = 1000;
+
+/// Serves calls, one after the other, until the caller is gone.
+pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, mut link: Link<S>) -> Result<(), TransportError> {
+    loop {
+        let Ok(next) = tokio::time::timeout(IDLE, link.reader.next()).await else {
+            return Ok(());
+        };
+        let next = match next {
+            Err(TransportError::Closed { .. }) => return Ok(()),
+            Err(error @ TransportError::Wire { .. }) => {
+                link.reject(Reject::PROTOCOL, &in_full(&error)).await;
+                return Err(error);
+            }
+            other => other?,
+        };
+        let call = match next.message {
+            Message::Call(call) => call,
+            Message::Ping(_) => continue,
+            other => {
+                let why = format!("{} came where Call was due", other.kind().name());
+                link.reject(Reject::PROTOCOL, &why).await;
+                return Ok(());
+            }
+        };
+        let mut answering = std::pin::pin!(answer(inner.clone(), call));
+        let (reply, file) = loop {
+            tokio::select! {
+                answered = &mut answering => break answered,
+                () = tokio::time::sleep(PING_EVERY) => link.writer.send(0, &Message::Ping(Ping {})).await?,
+            }
+        };
+        let sent = link.writer.send(next.stream, &Message::Reply(reply)).await;
+        if let Err(TransportError::Wire { source, .. }) = &sent {
+            let reply = Reply::Failed(Failure {
+                why: format!("the answer is too long: {source}"),
+            });
+            link.writer.send(next.stream, &Message::Reply(reply)).await?;
+            continue;
+        }
+        sent?;
+        if let Some((file, bytes)) = file {
+            stream(&mut link.writer, next.stream, file, bytes).await?;
+        }
+    }
+}
+
+type Answer = (Reply, Option<(File, u64)>);
+
+async fn answer(inner: Arc<Inner>, call: Call) -> Answer {
+    let reply = match call {
+        Call::Registry(request) => registry(&inner, request).await,
+        Call::Status(_) => Ok(Reply::Status(status(&inner).await)),
+        Call::List(call) => {
+            let store = inner.store.clone();
+            run(move || Ok(Reply::List(list(&store, &call)))).await
+        }
+        Call::Show(call) => {
+            let store = inner.store.clone();
+            run(move || show(&store, &call.name).map(Reply::Show)).await
+        }
+        Call::Promote(call) => promote::promote(&inner, call).await.map(Reply::Promoted),
+        Call::Forget(call) => forget(&inner, call).await.map(Reply::Forgotten),
+        Call::Seal(call) => seal(&inner, call).await,
+        Call::Fetch(call) => {
+            let store = inner.store.clone();
+            let opened = blocking(move || {
+                let (file, entry) = store.open_raw(&call.name)?;
+                Ok::<_, StoreError>((brief(&store, &entry), file))
+            });
+            match opened.await {
+                Ok((brief, file)) => {
+                    let bytes = brief.bytes;
+                    return (Reply::Fetch(brief), Some((file, bytes)));
+                }
+                Err(error) => Err(failure(&error)),
+            }
+        }
+    };
+    (reply.unwrap_or_else(Reply::Failed), None)
+}
+
+async fn run(work: impl FnOnce() -> Result<Reply, StoreError> + Send + 'static) -> Result<Reply, Failure> {
+    blocking(work).await.map_err(|e| failure(&e))
+}
+
+fn failure(error: &StoreError) -> Failure {
+    Failure { why: in_full(error) }
+}
+
+async fn registry(inner: &Inner, request: RegistryRequest) -> Result<Reply, Failure> {
+    let answered = match &inner.registry_addr {
+        RegistryAddr::Embedded => inner.registry.call(request).await,
+        RegistryAddr::Agent(address) => Err(RegistryError::NotHere {
+            node: inner.name.clone(),
+            registry: address.clone(),
+        }),
+    };
+    Ok(match answered {
+        Ok(response) => Reply::Registry(response),
+        Err(error) => Reply::RegistryRefused(error),
+    })
+}
+
+async fn status(inner: &Arc<Inner>) -> AgentStatus {
+    let registry_problem = inner
+        .registry
+        .list_nodes(None, 1)
+        .await
+        .err()
+        .map(|e| e.to_string());
+    let store = inner.store.clone();
+    let sessions = inner.sessions.clone();
+    let vms = tokio::task::spawn_blocking(move || {
+        let vms = store.vms().into_iter().take(MAX_STATUS_VMS);
+        vms.map(|vm| {
+            let entries = store.entries(&vm);
+            VmStatus {
+                promised: store.promised(&vm),
+                segments: entries.len() as u64,
+                bytes: entries.iter().map(|e| e.bytes).sum(),
+                newest: store.newest_complete(&vm).map(|e| SegmentBrief {
+                    complete: true,
+                    ..brief_of(&e)
+                }),
+                shipping: sessions.owner(&vm),
+                vm,
+            }
+        })
+        .collect::<Vec<_>>()
+    });
+    AgentStatus {
+        node: inner.name.clone(),
+        address: inner.address.clone(),
+        software: software(),
+        roles: inner.roles.iter().map(Role::to_string).collect(),
+        registry: inner.registry_addr.to_string(),
+        used_bytes: inner.store.used_bytes(),
+        budget_bytes: inner.store.budget(),
+        vms: vms.await.unwrap_or_default(),
+        damaged: inner
+            .store
+            .damaged()
+            .iter()
+            .map(|d| format!("{}: {}", d.path.display(), d.why))
+            .collect(),
+        connections: inner.connections.load(Ordering::Relaxed),
+        registry_problem,
+    }
+}
+
+fn list(store: &FsStore, call: &ListCall) -> SegmentPage {
+    let mut entries = match &call.vm {
+        Some(vm) => store.entries(vm),
+        None => store.all(),
+    };
+    entries.sort_by(|a, b| a.name.cmp(&b.name));
+    let after = call.after.as_ref();
+    let mut rest = entries.iter().filter(|e| after.is_none_or(|a| e.name > *a));
+    let limit = call.limit.min(MAX_PAGE_SEGMENTS) as usize;
+    let segments = rest.by_ref().take(limit).map(|e| brief(store, e)).collect();
+    SegmentPage {
+        segments,
+        more: rest.next().is_some(),
+    }
+}
+
+/// In short, without a look at the chain.
+fn brief_of(entry: &Entry) -> SegmentBrief {
+    SegmentBrief {
+        name: entry.name.clone(),
+        checkpoint: entry.checkpoint,
+        digest: entry.digest,
+        bytes: entry.bytes,
+        parent: parent_of(entry),
+        created_unix_ns: entry.created_unix_ns,
+        links: entry.links,
+        complete: false,
+        label: entry.label.clone(),
+    }
+}
+
+fn brief(store: &FsStore, entry: &Entry) -> SegmentBrief {
+    SegmentBrief {
+        complete: store.chain(&entry.name).is_ok(),
+        ..brief_of(entry)
+    }
+}
+
+fn show(store: &FsStore, name: &segment::SegmentName) -> Result<SegmentDetail, StoreError> {
+    let reader = store.open_segment(name)?;
+    let damaged = |source| StoreError::Damaged {
+        name: name.clone(),
+        source,
+    };
+    let entry = Entry::of(&reader);
+    let manifest = reader.manifest();
+    let index = reader.index();
+    let spaces = manifest.spaces.iter().map(|s| SpaceBrief {
+        id: s.id.0,
+        name: s.name.clone(),
+        page_bytes: s.page_bytes,
+        pages: s.pages,
+    });
+    let incomplete = store.chain(name).err().map(|e| e.to_string());
+    Ok(SegmentDetail {
+        segment: SegmentBrief {
+            complete: incomplete.is_none(),
+            ..brief_of(&entry)
+        },
+        producer: manifest.producer.clone(),
+        spaces: spaces.collect(),
+        records: reader.records().map_err(damaged)?.len() as u64,
+        frames: index.len() as u64,
+        first_epoch: manifest.first_epoch.map(|e| e.0),
+        incomplete,
+    })
+}
+
+async fn seal(inner: &Arc<Inner>, call: SealCall) -> Result<Reply, Failure> {
+    let SealCall { vm, generation } = call;
+    let (store, of) = (inner.store.clone(), vm.clone());
+    // The promise first, and it is durable before anything is read: what is read then is all that can ever have been
+    // acknowledged under a lower generation.
+    let sealed = blocking(move || {
+        let generation = store.promise(&of, generation)?;
+        let newest = store.newest_complete(&of).map(|e| SegmentBrief {
+            complete: true,
+            ..brief_of(&e)
+        });
+        Ok::<_, StoreError>(SealReport { generation, newest })
+    });
+    match sealed.await {
+        Ok(report) => {
+            tracing::info!(%vm, %generation, newest = ?report.newest.as_ref().map(|b| &b.name), "sealed");
+            inner.sessions.sealed(&vm, generation);
+            Ok(Reply::Sealed(report))
+        }
+        Err(StoreError::Fenced { vm, asked, current }) => Ok(Reply::Fenced(Fenced { vm, asked, current })),
+        Err(error) => Err(failure(&error)),
+    }
+}
+
+async fn forget(inner: &Arc<Inner>, call: ForgetCall) -> Result<ForgetReport, Failure> {
+    let ForgetCall { vm, force, only_here } = call;
+    let refuse = |why: String| Err(Failure { why });
+    if let Some(owner) = inner.sessions.owner(&vm)
+        && !force
+    {
+        return refuse(format!(
+            "VM {vm} is being shipped here by {owner}: stop it first by `vmm stop {vm}`"
+        ));
+    }
+    let mut notes = Vec::new();
+    if !only_here {
+        let holders = match inner.registry.get_vm(&vm).await {
+            Ok(record) => record.holders,
+            Err(RegistryError::NoSuchVm { .. }) if inner.store.entries(&vm).is_empty() => {
+                return refuse(format!("neither the registry nor this agent has a VM {vm}"));
+            }
+            Err(RegistryError::NoSuchVm { .. }) => Vec::new(),
+            Err(error) => return refuse(error.to_string()),
+        };
+        if let Err(error) = inner.registry.forget_vm(&vm, force).await {
+            return refuse(error.to_string());
+        }
+        for holder in holders.iter().filter(|h| **h != inner.address) {
+            if let Err(why) = forget_at(inner, holder, &vm).await {
+                notes.push(format!("{holder} keeps what it has of {vm}: {why}"));
+            }
+        }
+    }
+    let store = inner.store.clone();
+    let of = vm.clone();
+    let removed = blocking(move || {
+        let (mut segments, mut bytes) = (0, 0);
+        // The newest first: whatever instant this is cut at, what is left is whole chains.
+        for entry in store.entries(&of).iter().rev() {
+            store.remove(&entry.name)?;
+            segments += 1;
+            bytes += entry.bytes;
+        }
+        Ok::<_, StoreError>((segments, bytes))
+    });
+    let (segments, bytes) = removed.await.map_err(|e| failure(&e))?;
+    tracing::info!(%vm, segments, bytes, "forgotten");
+    Ok(ForgetReport {
+        segments,
+        bytes,
+        notes,
+    })
+}
+
+async fn forget_at(inner: &Inner, holder: &str, vm: &VmId) -> Result<(), String> {
+    let mut client = Client::connect(holder, &inner.name)
+        .await
+        .map_err(|e| e.in_full())?;
+    let call = ForgetCall {
+        vm: vm.clone(),
+        force: true,
+        only_here: true,
+    };
+    client
+        .call(Call::Forget(call), FORGET_DEADLINE)
+        .await
+        .map_err(|e| in_full(&e))?;
+    Ok(())
+}
+
+/// Sends a file as chunks and `End`.
+async fn stream<W: tokio::io::AsyncWrite + Unpin>(
+    writer: &mut FrameWriter<W>,
+    stream: u32,
+    file: File,
+    bytes: u64,
+) -> Result<(), TransportError> {
+    let file = Arc::new(file);
+    let mut at = 0;
+    while at < bytes {
+        let (from, len) = (file.clone(), (bytes - at).min(CHUNK_BYTES));
+        let read = tokio::task::spawn_blocking(move || {
+            let mut buffer = vec![0; len as usize];
+            from.read_exact_at(&mut buffer, at).map(|()| buffer)
+        });
+        let read = read.await.unwrap_or_else(|e| Err(std::io::Error::other(e)));
+        match read {
+            Ok(buffer) => writer.send(stream, &Message::Chunk(buffer)).await?,
+            Err(error) => {
+                let failure = Failure {
+                    why: format!("read the segment at byte {at}: {error}"),
+                };
+                return writer.send(stream, &Message::Reply(Reply::Failed(failure))).await;
+            }
+        }
+        at += len;
+    }
+    writer.send(stream, &Message::End(End {})).await
+}

@@ -1,0 +1,361 @@
+//! The command line of `standby`.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use clap::{Args, Parser, Subcommand};
+use segment::{SegmentName, VmId};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{Agent, AgentConfig, AgentError, view};
+use crate::registry::{MAX_PAGE_RECORDS, NodeRecord, Registry, RegistryAddr, RegistryError, Role, VmRecord};
+use crate::transport::{CallError, Client, TransportError, in_full};
+use crate::wire::{
+    Call, ForgetCall, ListCall, MAX_PAGE_SEGMENTS, NameCall, Nothing, PromoteCall, Reply, SegmentBrief,
+};
+
+/// How long an agent may take for what reads only.
+const READ_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a promote may take.
+const PROMOTE_DEADLINE: Duration = Duration::from_secs(600);
+
+/// Keeps a standby of protected VMs: stores their checkpoints, and runs them when their host is gone.
+#[derive(Debug, Parser)]
+#[command(name = "standby", version)]
+pub struct Cli {
+    /// The agent to ask.
+    #[arg(
+        long,
+        global = true,
+        env = "STANDBY_AGENT",
+        value_name = "HOST:PORT",
+        default_value = "127.0.0.1:7400"
+    )]
+    agent: String,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the agent of this host.
+    Serve(ServeArgs),
+    /// List the segments an agent holds.
+    Ls {
+        /// Only those of this VM.
+        vm: Option<VmId>,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show one segment.
+    Show {
+        /// Its name: VM/GENERATION/EPOCH.
+        segment: SegmentName,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run a VM on the agent's host, from its newest committed checkpoint. Its owner until now is fenced.
+    Promote {
+        /// The VM.
+        vm: VmId,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+        /// Only say what would be done.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Show the agent, the nodes and the VMs.
+    Status {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Forget a stopped VM: its record, and its segments at the agent and its other holders.
+    Forget {
+        /// The VM.
+        vm: VmId,
+        /// Also when it is recorded as running: for when its host is gone for good and it is not wanted any more.
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+struct ServeArgs {
+    /// Where to listen.
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7400")]
+    listen: String,
+    /// The directory for segments, the registry and what runs here.
+    #[arg(long, value_name = "DIR")]
+    data: PathBuf,
+    /// This node's name, unique in the cluster [default: the host's name].
+    #[arg(long)]
+    name: Option<String>,
+    /// What this node does.
+    #[arg(long, value_delimiter = ',', default_value = "execute,store")]
+    roles: Vec<Role>,
+    /// Where the registry is: `embedded` (this agent keeps it), or HOST:PORT of the agent that does.
+    #[arg(long, value_name = "embedded|HOST:PORT", default_value = "embedded")]
+    registry: RegistryAddr,
+    /// The most that segments may take, like 20G [default: what the disk has].
+    #[arg(long, value_name = "SIZE")]
+    budget: Option<ByteSize>,
+    /// The vmm binary [default: the one beside this binary, or in the PATH].
+    #[arg(long, value_name = "PATH")]
+    vmm: Option<PathBuf>,
+    /// Take this name over from a node that is gone for good.
+    #[arg(long)]
+    replace: bool,
+}
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+enum CliError {
+    #[error("no agent answers at {address}: start one with `standby serve`, or name it with --agent")]
+    NoAgent {
+        address: String,
+        #[source]
+        source: TransportError,
+    },
+    #[error(transparent)]
+    Call(#[from] CallError),
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    #[error("the agent answered something else: is it of another version?")]
+    Mismatch,
+    #[error("{what}")]
+    System {
+        what: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("write the answer as JSON")]
+    Json(#[from] serde_json::Error),
+}
+
+impl Cli {
+    /// Does what was asked; messages go to the standard error.
+    #[must_use]
+    pub fn run(self) -> ExitCode {
+        let threads = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+        let done = threads
+            .map_err(|source| CliError::System {
+                what: "start threads",
+                source,
+            })
+            .and_then(|runtime| runtime.block_on(self.dispatch()));
+        match done {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("standby: {}", in_full(&error));
+                ExitCode::FAILURE
+            }
+        }
+    }
+
+    async fn dispatch(self) -> Result<(), CliError> {
+        let agent = self.agent;
+        match self.command {
+            Command::Serve(args) => serve(args).await,
+            Command::Ls { vm, json } => ls(&agent, vm, json).await,
+            Command::Show { segment, json } => show(&agent, segment, json).await,
+            Command::Promote { vm, json, dry_run } => promote(&agent, vm, json, dry_run).await,
+            Command::Status { json } => status(&agent, json).await,
+            Command::Forget { vm, force } => forget(&agent, vm, force).await,
+        }
+    }
+
+    /// Whether this process is the agent itself, which logs what it does.
+    #[must_use]
+    pub fn serves(&self) -> bool {
+        matches!(self.command, Command::Serve(_))
+    }
+}
+
+async fn serve(args: ServeArgs) -> Result<(), CliError> {
+    let name = match args.name {
+        Some(name) => name,
+        None => std::fs::read_to_string("/proc/sys/kernel/hostname")
+            .map(|n| n.trim().to_owned())
+            .map_err(|source| CliError::System {
+                what: "find the host's name: give one with --name",
+                source,
+            })?,
+    };
+    // Before anything is opened: a signal that comes while the agent starts ends it cleanly too.
+    let signals = |kind| {
+        signal(kind).map_err(|source| CliError::System {
+            what: "listen to signals",
+            source,
+        })
+    };
+    let (mut term, mut int) = (
+        signals(SignalKind::terminate())?,
+        signals(SignalKind::interrupt())?,
+    );
+    let config = AgentConfig {
+        listen: args.listen,
+        data: args.data,
+        name,
+        roles: args.roles,
+        registry: args.registry,
+        budget: args.budget.map(|b| b.as_u64()),
+        vmm: args.vmm,
+        replace: args.replace,
+    };
+    let agent = Agent::start(config).await?;
+    // For scripts that wait for it, and that let the system choose the port.
+    print(&format!("listening on {}", agent.address()));
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = int.recv() => {}
+    }
+    tracing::info!("the agent ends; VMs it started go on");
+    agent.stop().await;
+    Ok(())
+}
+
+async fn connect(agent: &str) -> Result<Client, CliError> {
+    Client::connect(agent, "standby")
+        .await
+        .map_err(|source| match source {
+            source @ (TransportError::Connect { .. } | TransportError::Timeout { .. }) => CliError::NoAgent {
+                address: agent.to_owned(),
+                source,
+            },
+            other => CliError::Call(other.into()),
+        })
+}
+
+async fn ls(agent: &str, vm: Option<VmId>, json: bool) -> Result<(), CliError> {
+    let mut client = connect(agent).await?;
+    let mut segments: Vec<SegmentBrief> = Vec::new();
+    loop {
+        let after = segments.last().map(|s| s.name.clone());
+        let call = ListCall {
+            vm: vm.clone(),
+            after,
+            limit: MAX_PAGE_SEGMENTS,
+        };
+        let Reply::List(page) = client.call(Call::List(call), READ_DEADLINE).await? else {
+            return Err(CliError::Mismatch);
+        };
+        let end = !page.more || page.segments.is_empty();
+        segments.extend(page.segments);
+        if end {
+            break;
+        }
+    }
+    match json {
+        true => print_json(&segments.iter().map(view::segment_json).collect::<Vec<_>>())?,
+        false => print(&view::segments(&segments, &client.welcome().node)),
+    }
+    Ok(())
+}
+
+async fn show(agent: &str, name: SegmentName, json: bool) -> Result<(), CliError> {
+    let mut client = connect(agent).await?;
+    let Reply::Show(detail) = client.call(Call::Show(NameCall { name }), READ_DEADLINE).await? else {
+        return Err(CliError::Mismatch);
+    };
+    match json {
+        true => print_json(&detail)?,
+        false => print(&view::segment(&detail)),
+    }
+    Ok(())
+}
+
+async fn promote(agent: &str, vm: VmId, json: bool, dry_run: bool) -> Result<(), CliError> {
+    let mut client = connect(agent).await?;
+    let call = Call::Promote(PromoteCall { vm, dry_run });
+    let Reply::Promoted(report) = client.call(call, PROMOTE_DEADLINE).await? else {
+        return Err(CliError::Mismatch);
+    };
+    match json {
+        true => print_json(&view::promote_json(&report))?,
+        false => print(&view::promote(&report, &client.welcome().node)),
+    }
+    Ok(())
+}
+
+async fn forget(agent: &str, vm: VmId, force: bool) -> Result<(), CliError> {
+    let mut client = connect(agent).await?;
+    let call = Call::Forget(ForgetCall {
+        vm: vm.clone(),
+        force,
+        only_here: false,
+    });
+    let Reply::Forgotten(report) = client.call(call, READ_DEADLINE).await? else {
+        return Err(CliError::Mismatch);
+    };
+    print(&view::forgotten(&vm, &report));
+    Ok(())
+}
+
+async fn status(agent: &str, json: bool) -> Result<(), CliError> {
+    let mut client = connect(agent).await?;
+    let Reply::Status(status) = client.call(Call::Status(Nothing {}), READ_DEADLINE).await? else {
+        return Err(CliError::Mismatch);
+    };
+    let registry = client
+        .welcome()
+        .registry
+        .clone()
+        .unwrap_or_else(|| agent.to_owned());
+    // The agent's own state is worth showing when the registry is away.
+    let cluster = match &status.registry_problem {
+        None => Some(cluster(&Registry::remote(&registry, "standby")).await?),
+        Some(_) => None,
+    };
+    let (nodes, vms) = cluster.unwrap_or_default();
+    match json {
+        true => print_json(&serde_json::json!({ "agent": status, "nodes": nodes, "vms": vms }))?,
+        false => print(&view::status(&status, &nodes, &vms)),
+    }
+    Ok(())
+}
+
+async fn cluster(registry: &Registry) -> Result<(Vec<NodeRecord>, Vec<VmRecord>), CliError> {
+    let (mut nodes, mut vms): (Vec<NodeRecord>, Vec<VmRecord>) = Default::default();
+    loop {
+        let (page, more) = registry
+            .list_nodes(nodes.last().map(|n| n.name.clone()), MAX_PAGE_RECORDS)
+            .await?;
+        let end = !more || page.is_empty();
+        nodes.extend(page);
+        if end {
+            break;
+        }
+    }
+    loop {
+        let (page, more) = registry
+            .list_vms(vms.last().map(|v| v.vm.clone()), MAX_PAGE_RECORDS)
+            .await?;
+        let end = !more || page.is_empty();
+        vms.extend(page);
+        if end {
+            break;
+        }
+    }
+    Ok((nodes, vms))
+}
+
+fn print_json(value: &impl serde::Serialize) -> Result<(), CliError> {
+    print(&serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+/// To the standard output; a reader that went away (`| head`) is no failure.
+fn print(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "{}", text.trim_end());
+    let _ = out.flush();
+}

@@ -1,0 +1,383 @@
+//! The standby daemon: keeps segments durably for owners elsewhere, and runs their VMs when they are gone.
+//!
+//! ```text
+//!                     +-- Ship: replicate (Receiver, disk thread) --+
+//!   accept -- Hello --+                                             +--> FsStore DATA/store
+//!                     +-- Call: calls -- promote -- spawn vmm ------+--> Registry DATA/registry.redb or HOST:PORT
+//! ```
+//!
+//! Invariants: what was acknowledged is durable; one process per data directory (the store's lock); connections, what
+//! each may queue and what each may send are bounded; a VM it starts is a process of its own that outlives it.
+//!
+//! What it never does: it never opens /dev/kvm, and it promotes nothing that nobody asked it to.
+
+mod calls;
+pub mod cli;
+mod promote;
+mod replicate;
+mod sessions;
+mod spawn;
+mod view;
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinHandle;
+
+use crate::registry::{
+    Embedded, NodeRecord, OpenError, Registry, RegistryAddr, RegistryError, Role, random_id,
+};
+use crate::store::{Durability, FsStore, StoreError};
+use crate::transport::{ByteStream, Link, TransportError, expect_hello, in_full, listen};
+use crate::wire::{Message, Purpose, Reject, Welcome};
+use sessions::Sessions;
+
+pub use spawn::find_vmm;
+
+/// The most connections at once.
+pub const MAX_CONNECTIONS: usize = 256;
+/// The longest name of a node, in bytes.
+pub const MAX_NODE_NAME_BYTES: usize = 64;
+/// How often a registry that was away when the agent started is told that the node is there.
+const JOIN_AGAIN: Duration = Duration::from_secs(2);
+/// How long the end waits for connections.
+const SHUTDOWN: Duration = Duration::from_secs(2);
+/// How long accepting pauses after it failed (too many open files).
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
+/// How to run an agent.
+#[derive(Debug, Clone)]
+pub struct AgentConfig {
+    /// Where to listen, HOST:PORT.
+    pub listen: String,
+    /// The data directory.
+    pub data: PathBuf,
+    /// The node's name.
+    pub name: String,
+    /// What it does.
+    pub roles: Vec<Role>,
+    /// Where the registry is.
+    pub registry: RegistryAddr,
+    /// The most bytes its segments may take.
+    pub budget: Option<u64>,
+    /// The `vmm` binary; found beside this one or in the PATH when absent.
+    pub vmm: Option<PathBuf>,
+    /// Take the name over from a node that is gone for good.
+    pub replace: bool,
+}
+
+/// Why an agent did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The name is none.
+    #[error(
+        "{name:?} is no name for a node: use 1 to {MAX_NODE_NAME_BYTES} of letters, digits, '.', '_' and '-'"
+    )]
+    Name {
+        /// As it was given.
+        name: String,
+    },
+    /// The data directory cannot be used.
+    #[error("use the data directory {}", path.display())]
+    Data {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The store cannot be opened.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The registry cannot be opened.
+    #[error(transparent)]
+    Registry(#[from] OpenError),
+    /// The registry refuses this node.
+    #[error("the registry refuses this node: {0}")]
+    Refused(RegistryError),
+    /// The port cannot be had.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+}
+
+/// What the connections share.
+#[derive(Debug)]
+struct Inner {
+    name: String,
+    address: String,
+    roles: Vec<Role>,
+    data: PathBuf,
+    store: Arc<FsStore>,
+    registry: Registry,
+    registry_addr: RegistryAddr,
+    vmm: Option<PathBuf>,
+    sessions: Sessions,
+    promotes: promote::UnderWay,
+    connections: AtomicU32,
+    stop: watch::Receiver<bool>,
+}
+
+/// A running agent.
+#[derive(Debug)]
+pub struct Agent {
+    inner: Arc<Inner>,
+    stop: watch::Sender<bool>,
+    accepting: JoinHandle<()>,
+    joining: JoinHandle<()>,
+}
+
+impl Agent {
+    /// Opens the store and the registry, listens, and joins the cluster.
+    ///
+    /// # Errors
+    /// When any of it fails; nothing runs then.
+    pub async fn start(config: AgentConfig) -> Result<Self, AgentError> {
+        let AgentConfig {
+            listen: wanted,
+            data,
+            name,
+            roles,
+            registry,
+            budget,
+            vmm,
+            replace,
+        } = config;
+        check_name(&name)?;
+        let usable = |source| AgentError::Data {
+            path: data.clone(),
+            source,
+        };
+        fs::create_dir_all(&data).map_err(usable)?;
+        // The store's lock comes first: it keeps a second agent away from all that is in DATA.
+        let store = {
+            let dir = data.join("store");
+            blocking(move || FsStore::open(&dir, budget, Durability::Durable)).await?
+        };
+        for damaged in store.damaged() {
+            tracing::error!(file = %damaged.path.display(), why = %damaged.why, "a stored segment is damaged: set aside");
+        }
+        let id = node_id(&data).map_err(usable)?;
+        let backend = match &registry {
+            RegistryAddr::Embedded => {
+                let path = data.join("registry.redb");
+                Registry::new(Arc::new(blocking(move || Embedded::open(&path)).await?))
+            }
+            RegistryAddr::Agent(address) => Registry::remote(address, &name),
+        };
+        let listener = listen(&wanted).await?;
+        let address = listener.local_addr().map_err(usable)?.to_string();
+
+        let node = NodeRecord {
+            name: name.clone(),
+            address: address.clone(),
+            id,
+            roles: roles.iter().map(Role::to_string).collect(),
+            labels: Default::default(),
+            joined_unix_ms: 0,
+        };
+        let joined = match backend.join_node(node.clone(), replace).await {
+            Ok(_) => true,
+            Err(error) if error.is_transient() => {
+                tracing::warn!(%error, "the registry is away: the agent stores segments, and joins when it is back");
+                false
+            }
+            Err(error) => return Err(AgentError::Refused(error)),
+        };
+
+        let (stop, stopped) = watch::channel(false);
+        let inner = Arc::new(Inner {
+            name,
+            address,
+            roles,
+            data,
+            store,
+            registry: backend.clone(),
+            registry_addr: registry,
+            vmm,
+            sessions: Sessions::default(),
+            promotes: promote::UnderWay::default(),
+            connections: AtomicU32::new(0),
+            stop: stopped,
+        });
+        let joining = tokio::spawn(async move {
+            if joined {
+                return;
+            }
+            loop {
+                tokio::time::sleep(JOIN_AGAIN).await;
+                match backend.join_node(node.clone(), replace).await {
+                    Ok(_) => return tracing::info!("joined: the registry is back"),
+                    Err(error) if error.is_transient() => {}
+                    Err(error) => return tracing::error!(%error, "the registry refuses this node"),
+                }
+            }
+        });
+        let accepting = tokio::spawn(accept(inner.clone(), listener));
+        tracing::info!(node = %inner.name, address = %inner.address, registry = %inner.registry_addr, "agent up");
+        Ok(Self {
+            inner,
+            stop,
+            accepting,
+            joining,
+        })
+    }
+
+    /// Where it listens, as HOST:PORT.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.inner.address
+    }
+
+    /// Its registry.
+    #[must_use]
+    pub fn registry(&self) -> &Registry {
+        &self.inner.registry
+    }
+
+    /// Its store.
+    #[must_use]
+    pub fn store(&self) -> &Arc<FsStore> {
+        &self.inner.store
+    }
+
+    /// Ends the connections and releases the port and the store; VMs it started go on.
+    pub async fn stop(self) {
+        let _ = self.stop.send(true);
+        self.joining.abort();
+        let _ = self.accepting.await;
+        // The disks' threads hold the store: they end when their connections did.
+        let released = async {
+            while Arc::strong_count(&self.inner.store) > 1 {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        let _ = tokio::time::timeout(SHUTDOWN, released).await;
+    }
+}
+
+/// Runs something that waits for the disk outside of the tasks.
+async fn blocking<T: Send + 'static, E: Send + 'static>(
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, E> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        // It panicked; that is not to be hidden.
+        Err(e) => std::panic::resume_unwind(e.into_panic()),
+    }
+}
+
+fn check_name(name: &str) -> Result<(), AgentError> {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+    if name.is_empty() || name.len() > MAX_NODE_NAME_BYTES || !name.bytes().all(allowed) {
+        return Err(AgentError::Name {
+            name: name.chars().take(80).collect(),
+        });
+    }
+    Ok(())
+}
+
+/// The id of the data directory, made when there is none.
+fn node_id(data: &Path) -> io::Result<[u8; 16]> {
+    let path = data.join("node-id");
+    let read = |text: String| -> Option<[u8; 16]> {
+        let number = u128::from_str_radix(text.trim(), 16).ok()?;
+        Some(number.to_be_bytes())
+    };
+    match fs::read_to_string(&path) {
+        Ok(text) => read(text).ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("{} is damaged: remove it", path.display()),
+            )
+        }),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let id = random_id();
+            // Not worth a crash-safe write: lost, the node is a new one at its old address.
+            fs::write(&path, format!("{:032x}\n", u128::from_be_bytes(id)))?;
+            Ok(id)
+        }
+        Err(e) => Err(e),
+    }
+}
+
+async fn accept(inner: Arc<Inner>, listener: TcpListener) {
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut stop = inner.stop.clone();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = stop.changed() => break,
+        };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "accept");
+                tokio::time::sleep(ACCEPT_AGAIN).await;
+                continue;
+            }
+        };
+        let Ok(permit) = permits.clone().try_acquire_owned() else {
+            tracing::warn!(%peer, "refused: {MAX_CONNECTIONS} connections are open");
+            tokio::spawn(async move {
+                let why = format!("{MAX_CONNECTIONS} connections are open here: try again later");
+                Link::new(stream, "peer").reject(Reject::BUSY, &why).await;
+            });
+            continue;
+        };
+        let (inner, mut stop, peer) = (inner.clone(), stop.clone(), peer.to_string());
+        tokio::spawn(async move {
+            inner.connections.fetch_add(1, Ordering::Relaxed);
+            tokio::select! {
+                () = greeted(&inner, stream, &peer) => {}
+                _ = stop.changed() => {}
+            }
+            inner.connections.fetch_sub(1, Ordering::Relaxed);
+            drop(permit);
+        });
+    }
+    drop(listener);
+    // All of them: their tasks end by `stop`.
+    let _ = tokio::time::timeout(SHUTDOWN, permits.acquire_many(MAX_CONNECTIONS as u32)).await;
+}
+
+async fn greeted(inner: &Arc<Inner>, stream: TcpStream, peer: &str) {
+    if let Err(error) = stream.set_nodelay(true) {
+        return tracing::debug!(peer, %error, "a connection broke at once");
+    }
+    if let Err(error) = serve(inner, stream, peer).await {
+        tracing::debug!(peer, error = %in_full(&error), "a connection ended");
+    }
+}
+
+async fn serve<S: ByteStream>(inner: &Arc<Inner>, stream: S, peer: &str) -> Result<(), TransportError> {
+    let mut link = Link::new(stream, peer);
+    let (hello, version) = expect_hello(&mut link, "").await?;
+    let welcome = Welcome {
+        version,
+        node: inner.name.clone(),
+        registry: match &inner.registry_addr {
+            RegistryAddr::Embedded => None,
+            RegistryAddr::Agent(address) => Some(address.clone()),
+        },
+        software: software(),
+    };
+    link.writer.send(0, &Message::Welcome(welcome)).await?;
+    match hello.purpose {
+        Purpose::Ship => {
+            replicate::serve(inner.clone(), link).await;
+            Ok(())
+        }
+        Purpose::Call => calls::serve(inner.clone(), link).await,
+    }
+}
+
+/// What this build calls itself.
+fn software() -> String {
+    concat!("standby ", env!("CARGO_PKG_VERSION")).to_owned()
+}

@@ -1,0 +1,353 @@
+//! A connection on which an owner ships a VM: the pure receiver, with a disk and a socket.
+//!
+//! The socket is read, the disk is written and the answers are sent at the same time: the disk's work is done in order
+//! by one thread per connection, behind a short queue. While the queue is full the socket is not read, so that a slow
+//! disk slows the owner's shipping and takes no memory; signs of life are sent all the while.
+
+use std::collections::{HashMap, VecDeque};
+use std::io::Write;
+use std::sync::Arc;
+
+use segment::{Generation, SegmentName, VmId};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::Inner;
+use super::sessions::Session;
+use crate::protocol::{
+    BeginResult, CommitResult, PromiseResult, Receiver, ReceiverAction, ReceiverEvent, parent_of,
+};
+use crate::store::{FsStore, Incoming, StoreError, Stored};
+use crate::transport::{ByteStream, DEAD_AFTER, Link, PING_EVERY, TransportError, in_full};
+use crate::wire::{Held, Message, Offer, RefuseReason, Reject};
+
+/// The most pieces that wait for the disk.
+const DISK_QUEUE: usize = 16;
+/// The most frames that wait for the receiver.
+const FRAME_QUEUE: usize = 8;
+
+/// What the disk's thread is to do.
+enum Job {
+    Promise { vm: VmId, generation: Generation },
+    Find { vm: VmId },
+    Begin { transfer: u32, offer: Offer },
+    Write { transfer: u32, bytes: Vec<u8> },
+    Commit { transfer: u32 },
+    Abort { transfer: u32 },
+}
+
+/// Serves one connection until it ends.
+pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, link: Link<S>) {
+    let peer = link.peer().to_owned();
+    let started = Instant::now();
+    let mut receiver = Receiver::new(PING_EVERY, DEAD_AFTER, started.elapsed());
+    let Link {
+        mut reader,
+        mut writer,
+    } = link;
+
+    let (frames, mut incoming) = mpsc::channel(FRAME_QUEUE);
+    let reading = tokio::spawn(async move {
+        loop {
+            let frame = reader.next().await;
+            let failed = frame.is_err();
+            if frames.send(frame).await.is_err() || failed {
+                return;
+            }
+        }
+    });
+    let (jobs, todo) = mpsc::channel(DISK_QUEUE);
+    let (done, mut results) = mpsc::unbounded_channel();
+    let store = inner.store.clone();
+    tokio::task::spawn_blocking(move || Disk::new(store).run(todo, &done));
+
+    let mut waiting: VecDeque<Job> = VecDeque::new();
+    let (kick, mut kicked) = mpsc::unbounded_channel();
+    let mut session: Option<Session> = None;
+    let why = loop {
+        let deadline = receiver.deadline().map(|at| started + at);
+        let event = tokio::select! {
+            // First what is done, so that a flood of frames cannot keep an acknowledgement back.
+            biased;
+            Some(result) = results.recv() => result,
+            Some(current) = kicked.recv() => ReceiverEvent::Superseded { current },
+            permit = jobs.reserve(), if !waiting.is_empty() => {
+                match (permit, waiting.pop_front()) {
+                    (Ok(permit), Some(job)) => permit.send(job),
+                    (Ok(_), None) => {}
+                    (Err(_), _) => break "the disk's thread ended".to_owned(),
+                }
+                continue;
+            }
+            frame = incoming.recv(), if waiting.len() < DISK_QUEUE => match frame {
+                Some(Ok(frame)) => ReceiverEvent::Frame { stream: frame.stream, message: frame.message },
+                Some(Err(TransportError::Closed { .. })) | None => break "closed by the owner".to_owned(),
+                Some(Err(error)) => break in_full(&error),
+            },
+            () = sleep_until(deadline) => ReceiverEvent::Tick,
+        };
+        let actions = receiver.step(event, started.elapsed());
+        if session.is_none()
+            && let Some((vm, generation, owner)) = receiver.shipping()
+        {
+            tracing::info!(%vm, %generation, owner, %peer, "an owner ships");
+            session = Some(inner.sessions.enter(vm, generation, owner, kick.clone()));
+        }
+        let mut end = None;
+        for action in actions {
+            match action {
+                ReceiverAction::Send { stream, message } => {
+                    let sending = writer.send(stream, &message);
+                    match tokio::time::timeout(DEAD_AFTER, sending).await {
+                        Ok(Ok(())) => {}
+                        Ok(Err(error)) => end = Some(in_full(&error)),
+                        Err(_) => end = Some("the owner takes no answers".to_owned()),
+                    }
+                }
+                ReceiverAction::Promise { vm, generation } => {
+                    waiting.push_back(Job::Promise { vm, generation })
+                }
+                ReceiverAction::Find { vm } => waiting.push_back(Job::Find { vm }),
+                ReceiverAction::Begin { transfer, offer } => {
+                    waiting.push_back(Job::Begin { transfer, offer })
+                }
+                ReceiverAction::Write { transfer, bytes } => {
+                    waiting.push_back(Job::Write { transfer, bytes })
+                }
+                ReceiverAction::Commit { transfer } => waiting.push_back(Job::Commit { transfer }),
+                ReceiverAction::Abort { transfer } => waiting.push_back(Job::Abort { transfer }),
+                ReceiverAction::Close { code, why } => {
+                    if code != 0 {
+                        let reject = Message::Reject(Reject {
+                            code,
+                            why: why.clone(),
+                        });
+                        let telling = writer.send(0, &reject);
+                        // It may be gone already.
+                        let _ = tokio::time::timeout(PING_EVERY, telling).await;
+                    }
+                    end = Some(why);
+                }
+            }
+        }
+        if let Some(why) = end {
+            break why;
+        }
+    };
+    // What was sent last (that it is fenced) has to arrive: closed in this direction, and not just dropped.
+    let _ = tokio::time::timeout(PING_EVERY, writer.finish()).await;
+    reading.abort();
+    if let Some(session) = session {
+        tracing::info!(vm = %session.vm(), %peer, %why, "the owner's connection ended");
+    } else {
+        tracing::debug!(%peer, %why, "a connection ended");
+    }
+}
+
+/// The disk's side of one connection.
+struct Disk {
+    store: Arc<FsStore>,
+    generation: Generation,
+    /// What is on its way in; none of one whose write failed.
+    transfers: HashMap<u32, (Offer, Result<Incoming, (RefuseReason, String)>)>,
+    /// The checkpoint that was last found or made complete: what stands on it needs no look at its chain.
+    complete: Option<Held>,
+}
+
+impl Disk {
+    fn new(store: Arc<FsStore>) -> Self {
+        Self {
+            store,
+            generation: Generation(0),
+            transfers: HashMap::new(),
+            complete: None,
+        }
+    }
+
+    /// Works until the connection's task is gone; what is half-way then is dropped with its temporary file.
+    fn run(mut self, mut todo: mpsc::Receiver<Job>, done: &mpsc::UnboundedSender<ReceiverEvent<Stored>>) {
+        while let Some(job) = todo.blocking_recv() {
+            let Some(event) = self.work(job) else { continue };
+            if done.send(event).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn work(&mut self, job: Job) -> Option<ReceiverEvent<Stored>> {
+        match job {
+            Job::Promise { vm, generation } => {
+                self.generation = generation;
+                Some(ReceiverEvent::Promised(
+                    match self.store.promise(&vm, generation) {
+                        Ok(_) => PromiseResult::Promised,
+                        Err(StoreError::Fenced { current, .. }) => PromiseResult::Fenced { current },
+                        Err(error) => PromiseResult::Failed {
+                            why: failed("promise a generation", &error),
+                        },
+                    },
+                ))
+            }
+            Job::Find { vm } => {
+                let newest = self.store.newest_complete(&vm);
+                let newest = newest.map(|e| Held {
+                    name: e.name,
+                    checkpoint: e.checkpoint,
+                });
+                self.complete.clone_from(&newest);
+                Some(ReceiverEvent::Found(newest))
+            }
+            Job::Begin { transfer, offer } => {
+                let result = self.begin(transfer, offer);
+                Some(ReceiverEvent::Begun { transfer, result })
+            }
+            Job::Write { transfer, bytes } => {
+                if let Some((_, incoming)) = self.transfers.get_mut(&transfer)
+                    && let Ok(file) = incoming
+                    && let Err(error) = file.write_all(&bytes)
+                {
+                    // Dropping it frees its room; the commit tells.
+                    let why = file
+                        .take_failure()
+                        .map_or_else(|| error.to_string(), |e| in_full(&e));
+                    *incoming = Err((RefuseReason::Failed, why));
+                }
+                None
+            }
+            Job::Commit { transfer } => {
+                let (offer, incoming) = self.transfers.remove(&transfer)?;
+                let result = match incoming {
+                    Ok(incoming) => self.commit(&offer, incoming),
+                    Err((reason, why)) => CommitResult::Refused { reason, why },
+                };
+                Some(ReceiverEvent::Committed { transfer, result })
+            }
+            Job::Abort { transfer } => {
+                self.transfers.remove(&transfer);
+                None
+            }
+        }
+    }
+
+    fn begin(&mut self, transfer: u32, offer: Offer) -> BeginResult<Stored> {
+        let current = self.store.promised(&offer.name.vm);
+        if current > self.generation {
+            return BeginResult::Fenced { current };
+        }
+        if let Some(parent) = &offer.parent
+            && !self.is_complete(parent)
+        {
+            let why = format!(
+                "{} stands on {}, which is not complete here",
+                offer.name, parent.name
+            );
+            return BeginResult::Refused {
+                reason: RefuseReason::MissingParent,
+                why,
+            };
+        }
+        if let Some(stored) = self.store.stored(&offer.name) {
+            return self.held_already(&offer, stored);
+        }
+        match self.store.begin_under(&offer.name, offer.bytes, self.generation) {
+            Ok(incoming) => {
+                self.transfers.insert(transfer, (offer, Ok(incoming)));
+                BeginResult::Ready
+            }
+            Err(StoreError::AlreadyHeld { stored }) => self.held_already(&offer, *stored),
+            Err(StoreError::Fenced { current, .. }) => BeginResult::Fenced { current },
+            Err(error) => {
+                let (reason, why) = refusal(&offer.name, &error);
+                BeginResult::Refused { reason, why }
+            }
+        }
+    }
+
+    fn held_already(&mut self, offer: &Offer, stored: Stored) -> BeginResult<Stored> {
+        let held = stored.entry().checkpoint;
+        if held != offer.checkpoint {
+            let why = format!(
+                "{} is stored here as checkpoint {held}, and {} was offered: two owners wrote one name",
+                offer.name, offer.checkpoint
+            );
+            return BeginResult::Refused {
+                reason: RefuseReason::DuplicateName,
+                why,
+            };
+        }
+        if !self.is_complete(&offer.held()) {
+            let why = format!("{} is here, but not all it stands on", offer.name);
+            return BeginResult::Refused {
+                reason: RefuseReason::MissingParent,
+                why,
+            };
+        }
+        self.complete = Some(offer.held());
+        BeginResult::Have(stored)
+    }
+
+    fn commit(&mut self, offer: &Offer, incoming: Incoming) -> CommitResult<Stored> {
+        let stored = match incoming.commit() {
+            Ok(stored) => stored,
+            Err(StoreError::Fenced { current, .. }) => return CommitResult::Fenced { current },
+            Err(error) => {
+                let (reason, why) = refusal(&offer.name, &error);
+                return CommitResult::Refused { reason, why };
+            }
+        };
+        let entry = stored.entry();
+        if entry.checkpoint != offer.checkpoint {
+            let why = format!("{} came as another checkpoint than was offered", offer.name);
+            return CommitResult::Refused {
+                reason: RefuseReason::Invalid,
+                why,
+            };
+        }
+        // By what came, not by what was offered.
+        let parent = parent_of(entry);
+        let whole = parent.is_none() || parent == self.complete || self.is_complete(&offer.held());
+        if !whole {
+            let why = format!("{} is stored, but not all it stands on", offer.name);
+            return CommitResult::Refused {
+                reason: RefuseReason::MissingParent,
+                why,
+            };
+        }
+        self.complete = Some(offer.held());
+        CommitResult::Stored(stored)
+    }
+
+    /// Whether this very checkpoint is here with all it stands on.
+    fn is_complete(&self, held: &Held) -> bool {
+        let here = self
+            .store
+            .get(&held.name)
+            .is_some_and(|e| e.checkpoint == held.checkpoint);
+        here && (self.complete.as_ref() == Some(held) || self.store.chain(&held.name).is_ok())
+    }
+}
+
+fn refusal(name: &SegmentName, error: &StoreError) -> (RefuseReason, String) {
+    let reason = match error {
+        e if e.is_full() => RefuseReason::Full,
+        StoreError::DuplicateName { .. } => RefuseReason::DuplicateName,
+        StoreError::Damaged { .. } | StoreError::OtherName { .. } | StoreError::TooLong { .. } => {
+            RefuseReason::Invalid
+        }
+        _ => RefuseReason::Failed,
+    };
+    (reason, failed(&format!("store {name}"), error))
+}
+
+fn failed(what: &str, error: &StoreError) -> String {
+    let why = in_full(error);
+    tracing::warn!(what, error = %why, "the store refused");
+    why
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,210 @@
+//! Starts `vmm restore` as a process of its own.
+//!
+//! The new process writes one line of JSON to its standard output when its guest runs, or when it could not be
+//! started, and nothing after that; its messages go to `DATA/vmm/VM.log`. It is in a process group of its own, so that
+//! neither the agent's end nor a Ctrl-C in the agent's terminal ends it.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use segment::Generation;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+use super::Inner;
+use crate::failover::Running;
+use crate::registry::{RegistryAddr, VmRecord};
+use crate::wire::SegmentBrief;
+
+/// How long a guest may take to run.
+const READY_DEADLINE: Duration = Duration::from_secs(120);
+/// The longest line it may say that it is ready with.
+const MAX_READY_BYTES: u64 = 64 << 10;
+/// How much of its log is shown when it failed.
+const LOG_TAIL_BYTES: usize = 600;
+
+/// What `vmm restore --ready-stdout` says.
+#[derive(Debug, serde::Deserialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+enum Ready {
+    Running { pid: u32, socket: Option<String> },
+    Failed { error: String },
+}
+
+/// The `vmm` binary: the one that was named, or beside this one, or in the PATH.
+///
+/// # Errors
+/// In words, when there is none.
+pub fn find_vmm(named: Option<&Path>) -> Result<PathBuf, String> {
+    if let Some(path) = named {
+        return match path.is_file() {
+            true => Ok(path.to_owned()),
+            false => Err(format!(
+                "there is no vmm at {}: name it with `standby serve --vmm PATH`",
+                path.display()
+            )),
+        };
+    }
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|exe| exe.parent().map(|dir| dir.join("vmm")));
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    let in_path = std::env::split_paths(&paths).map(|dir| dir.join("vmm"));
+    beside
+        .into_iter()
+        .chain(in_path)
+        .find(|p| p.is_file())
+        .ok_or_else(|| {
+            "there is no vmm beside this binary or in the PATH: name it with `standby serve --vmm PATH`"
+                .to_owned()
+        })
+}
+
+/// Starts the guest of `record` from `tip`, which is whole in the agent's store, and waits until it runs.
+///
+/// # Errors
+/// In words, when it does not; no process is left then.
+pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief) -> Result<Running, String> {
+    let vmm = find_vmm(inner.vmm.as_deref())?;
+    let vm = record.vm.as_str();
+    let run_dir = inner.data.join("run");
+    let log_path = inner.data.join("vmm").join(format!("{vm}.log"));
+    let console = inner.data.join("vmm").join(format!("{vm}.console"));
+    let spools = inner.data.join("spool").join(vm);
+    // One per generation: an earlier owner of the VM on this host may still be there, stopped, with its own open.
+    let spool = spools.join(format!("g{}", record.generation));
+    let prepared = (|| -> io::Result<File> {
+        std::fs::create_dir_all(&run_dir)?;
+        std::fs::create_dir_all(&spool)?;
+        std::fs::create_dir_all(inner.data.join("vmm"))?;
+        remove_old_spools(&spools, record.generation);
+        OpenOptions::new().create(true).append(true).open(&log_path)
+    })();
+    let log = prepared.map_err(|e| format!("prepare its directories in {}: {e}", inner.data.display()))?;
+    let from = log.metadata().map_or(0, |m| m.len());
+    let registry = match &inner.registry_addr {
+        RegistryAddr::Embedded => inner.address.clone(),
+        RegistryAddr::Agent(address) => address.clone(),
+    };
+
+    let mut command = Command::new(&vmm);
+    command.arg("restore").arg("--from").arg(inner.data.join("store"));
+    command.args(["--name", vm, "--segment", &tip.name.to_string()]);
+    command
+        .args(["--generation", &record.generation.to_string()])
+        .arg("--store")
+        .arg(&spool);
+    command.args(["--protect-to", &record.holders.join(",")]);
+    command.args(["--ack-quorum", &record.ack_quorum.to_string()]);
+    command.args([
+        "--every",
+        &format!("{}ms", record.every_ms),
+        "--registry",
+        &registry,
+    ]);
+    command
+        .arg("--run-dir")
+        .arg(&run_dir)
+        .arg("--ready-stdout")
+        .arg("--console-log")
+        .arg(&console);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .process_group(0);
+    let mut child = command
+        .spawn()
+        .map_err(|e| format!("start {}: {e}", vmm.display()))?;
+
+    let ready = tokio::time::timeout(READY_DEADLINE, ready(&mut child)).await;
+    let why = match ready {
+        Ok(Ok(Ready::Running { pid, socket })) => {
+            // Reaped when it ends, whenever that is.
+            let vm = record.vm.clone();
+            tokio::spawn(async move {
+                match child.wait().await {
+                    Ok(status) => tracing::warn!(%vm, pid, %status, "the VM's process ended"),
+                    Err(error) => tracing::warn!(%vm, pid, %error, "the VM's process cannot be waited for"),
+                }
+            });
+            return Ok(Running { pid, socket });
+        }
+        Ok(Ok(Ready::Failed { error })) => error,
+        Ok(Err(why)) => why,
+        Err(_) => format!("it did not run within {} s", READY_DEADLINE.as_secs()),
+    };
+    // It must not run when someone else is about to: ended and seen to end before this is told.
+    if let Err(error) = child.kill().await {
+        tracing::error!(vm, %error, "a restore that failed cannot be ended");
+    }
+    Err(format!("{why}{}", tail(&log_path, from)))
+}
+
+/// The line it says when it is ready.
+async fn ready(child: &mut Child) -> Result<Ready, String> {
+    let Some(stdout) = child.stdout.take() else {
+        return Err("its output cannot be read".into());
+    };
+    let mut line = String::new();
+    let read = BufReader::new(stdout.take(MAX_READY_BYTES))
+        .read_line(&mut line)
+        .await;
+    match read {
+        Ok(0) => {
+            let status = child
+                .wait()
+                .await
+                .map_or_else(|e| e.to_string(), |s| s.to_string());
+            Err(format!("it ended without a word ({status})"))
+        }
+        Ok(_) => serde_json::from_str(&line).map_err(|e| {
+            let line: String = line.chars().take(200).collect();
+            format!("it said {line:?} where a line of JSON was due: {e}")
+        }),
+        Err(e) => Err(format!("read its output: {e}")),
+    }
+}
+
+/// The last of what it logged since `from`.
+fn tail(path: &Path, from: u64) -> String {
+    let text = std::fs::read(path).unwrap_or_default();
+    let new = text.get(from as usize..).unwrap_or_default();
+    let last = &new[new.len().saturating_sub(LOG_TAIL_BYTES)..];
+    let last = String::from_utf8_lossy(last);
+    match last.trim() {
+        "" => String::new(),
+        last => format!(". Its log ({}) ends: {last}", path.display()),
+    }
+}
+
+/// Removes the spools of earlier generations whose owners are gone.
+fn remove_old_spools(spools: &Path, generation: Generation) {
+    let Ok(list) = std::fs::read_dir(spools) else {
+        return;
+    };
+    for entry in list.flatten() {
+        let name = entry.file_name();
+        let of = name
+            .to_str()
+            .and_then(|n| n.strip_prefix('g'))
+            .and_then(|n| n.parse::<u64>().ok());
+        if of.is_none_or(|of| of >= generation.0) {
+            continue;
+        }
+        let lock = OpenOptions::new().read(true).open(entry.path().join("lock"));
+        let free = match lock {
+            Ok(lock) => {
+                use rustix::fs::{FlockOperation, flock};
+                flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
+            }
+            Err(e) => e.kind() == io::ErrorKind::NotFound,
+        };
+        if free && let Err(error) = std::fs::remove_dir_all(entry.path()) {
+            tracing::warn!(path = %entry.path().display(), %error, "an old spool cannot be removed");
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! A checkpoint: what a monitor hands over when it has stopped its guest, and how that becomes a segment.
+//!
+//! ```text
+//! Source::capture() -> Captured --EncodePool--> frames, in order --SegmentWriter--> a file in a store
+//!        ^                                          |
+//!        +----- put_back(), when it fails ----------+
+//! ```
+//!
+//! The guest stands still only inside [`Source::capture`]; everything after it works on the copy.
+
+mod encode;
+mod ordered;
+
+use std::error::Error;
+use std::fmt;
+use std::time::Duration;
+
+use segment::{CheckpointId, PageIndex, Record, Space};
+
+pub(crate) use encode::MAX_THREADS;
+pub use encode::{EncodeError, EncodeOptions, EncodePool};
+
+/// What is asked of a [`Source`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CaptureKind {
+    /// Every page.
+    Full,
+    /// The pages written since the capture before.
+    Delta,
+}
+
+/// Bytes of pages, in whatever holds them: a reused buffer goes back to its pool when this is dropped.
+pub struct PageBytes {
+    bytes: Box<dyn AsRef<[u8]> + Send + Sync>,
+    sparse: bool,
+}
+
+impl PageBytes {
+    /// Wraps what holds the captured pages back to back.
+    pub fn new(bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Self {
+        Self {
+            bytes: Box::new(bytes),
+            sparse: false,
+        }
+    }
+
+    /// Wraps what holds the *whole* space, page `n` at `n * page_bytes`: a full capture's copy, of which only the
+    /// captured pages are looked at.
+    pub fn sparse(bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Self {
+        Self {
+            bytes: Box::new(bytes),
+            sparse: true,
+        }
+    }
+
+    /// Whether the whole space is here, not only the captured pages.
+    #[must_use]
+    pub fn is_sparse(&self) -> bool {
+        self.sparse
+    }
+}
+
+impl AsRef<[u8]> for PageBytes {
+    fn as_ref(&self) -> &[u8] {
+        (*self.bytes).as_ref()
+    }
+}
+
+impl fmt::Debug for PageBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Never the content: it is a guest's memory.
+        write!(f, "PageBytes({} bytes)", self.as_ref().len())
+    }
+}
+
+/// One address space's captured pages: ascending distinct page indices and their bytes.
+#[derive(Debug)]
+pub struct CapturedPages {
+    /// The space.
+    pub space: Space,
+    /// Which of its pages, ascending and distinct.
+    pub pages: Vec<PageIndex>,
+    /// Their bytes in the same order, `pages.len() * space.page_bytes` long; or the whole space, when it is
+    /// [sparse](PageBytes::sparse).
+    pub data: PageBytes,
+}
+
+/// A guest at one instant, whole (full) or as what changed (delta).
+#[derive(Debug)]
+pub struct Captured {
+    /// Its identity: 16 random bytes.
+    pub checkpoint: CheckpointId,
+    /// When the guest was stopped, in nanoseconds since 1970.
+    pub created_unix_ns: u64,
+    /// Whether every page is here (pages left out are zero).
+    pub full: bool,
+    /// The state of the processors and devices.
+    pub records: Vec<Record>,
+    /// Every address space, also one without a changed page.
+    pub spaces: Vec<CapturedPages>,
+    /// How long the guest stood still.
+    pub stopped: Duration,
+}
+
+/// Why a monitor could not capture.
+#[derive(Debug)]
+pub struct SourceError(Box<dyn Error + Send + Sync>);
+
+impl SourceError {
+    /// Wraps the monitor's error (or a text).
+    pub fn new(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self(source.into())
+    }
+}
+
+impl fmt::Display for SourceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl Error for SourceError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.0.source()
+    }
+}
+
+/// A VM that checkpoints can be taken of. The monitor implements it.
+pub trait Source: Send {
+    /// Stops the guest, reads its state and its dirty set, copies the pages, and lets it go on.
+    ///
+    /// A delta holds every page that may differ from the capture before, where captures that were
+    /// [put back](Self::put_back) or failed do not count. A full may be given when a delta was asked for, never the
+    /// other way round.
+    ///
+    /// # Errors
+    /// When it cannot. The guest goes on and no dirty page is forgotten.
+    fn capture(&mut self, kind: CaptureKind) -> Result<Captured, SourceError>;
+
+    /// Takes a capture back that could not be stored: its pages join the next delta's set.
+    fn put_back(&mut self, captured: &Captured);
+
+    /// Pauses the guest for good and says why: another host may run it now.
+    fn fence(&mut self, reason: &str);
+}

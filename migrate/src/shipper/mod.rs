@@ -1,0 +1,386 @@
+//! Ships a VM's segments from its own host's spool to its holders.
+//!
+//! ```text
+//!               +-- task: Sender <-> connection --> holder A
+//!   Spool  -----+-- task: Sender <-> connection --> holder B
+//!    notify     +-- ledger: who has what -> Committed --> registrar --> registry
+//! ```
+//!
+//! Invariants: a holder's task waits for nobody else, so a slow or dead holder holds up neither the guest nor another
+//! holder; a checkpoint is committed when the quorum has it durably with all it stands on; the registry is told behind
+//! the shipping and never waited for.
+//!
+//! What it never does: it takes no checkpoint and stops no guest; it says what has to be done by [`ShipEvent`]s.
+
+mod connection;
+mod holder;
+mod ledger;
+mod registrar;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use segment::{Generation, SegmentName, VmId};
+use serde::Serialize;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use crate::protocol::SenderConfig;
+use crate::registry::Registry;
+use crate::spool::Spool;
+use crate::wire::{Held, Offer};
+use holder::Holder;
+use ledger::{Committed, Ledger};
+
+/// How long the end waits for the registry.
+const LAST_REGISTER: Duration = Duration::from_secs(1);
+
+/// What to ship, and where to.
+#[derive(Debug, Clone)]
+pub struct ShipperConfig {
+    /// Limits and times, and the VM, its generation and its owner.
+    pub sender: SenderConfig,
+    /// The holders, HOST:PORT.
+    pub holders: Vec<String>,
+    /// How many of them make a checkpoint committed.
+    pub ack_quorum: usize,
+    /// Who is told what is committed; nobody when absent.
+    pub registry: Option<Registry>,
+}
+
+impl ShipperConfig {
+    /// With the usual limits and times.
+    #[must_use]
+    pub fn new(
+        vm: VmId,
+        generation: Generation,
+        owner: &str,
+        holders: Vec<String>,
+        ack_quorum: usize,
+        registry: Option<Registry>,
+    ) -> Self {
+        Self {
+            sender: SenderConfig::new(vm, generation, owner),
+            holders,
+            ack_quorum,
+            registry,
+        }
+    }
+}
+
+/// What the owner has to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ShipEvent {
+    /// The ack quorum has this checkpoint durably, and so every one before it.
+    Committed {
+        /// The checkpoint.
+        name: SegmentName,
+        /// Who has it.
+        holders: Vec<String>,
+    },
+    /// A higher generation is promised: this owner is none any more and must stop its guest.
+    Fenced {
+        /// Who says so: a holder, or the registry.
+        holder: String,
+        /// The generation that is promised.
+        current: Generation,
+    },
+    /// Nothing in the spool builds on what the holder has: the next checkpoint should be a full one.
+    NeedFull {
+        /// The holder.
+        holder: String,
+    },
+    /// A holder was reached.
+    HolderUp {
+        /// The holder.
+        holder: String,
+        /// Its node's name.
+        node: String,
+        /// The newest checkpoint it has.
+        position: Option<SegmentName>,
+    },
+    /// A holder that was reached before was lost.
+    HolderDown {
+        /// The holder.
+        holder: String,
+        /// Why.
+        why: String,
+    },
+}
+
+/// What a holder's task is doing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum HolderState {
+    /// Connecting for the first time, or greeting.
+    Connecting,
+    /// Sending what the holder lacks.
+    Synchronising,
+    /// The holder has all there is.
+    UpToDate,
+    /// The holder cannot be reached.
+    Unreachable {
+        /// Why.
+        why: String,
+    },
+    /// The holder does not take what is offered.
+    Refused {
+        /// Why.
+        why: String,
+    },
+    /// The holder has promised a higher generation.
+    Fenced {
+        /// Which.
+        current: u64,
+    },
+}
+
+/// How shipping to one holder goes.
+#[derive(Debug, Clone, Serialize)]
+pub struct HolderStatus {
+    /// Where it is.
+    pub address: String,
+    /// Its node's name, once it was reached.
+    pub node: Option<String>,
+    /// What its task is doing.
+    #[serde(flatten)]
+    pub state: HolderState,
+    /// For how long, in milliseconds.
+    pub since_ms: u64,
+    /// The newest checkpoint it has acknowledged.
+    #[serde(serialize_with = "crate::wire::text_or_null")]
+    pub acked: Option<SegmentName>,
+    /// How many epochs it lacks.
+    pub lag_epochs: u64,
+    /// How many bytes of segments in the spool are newer than what it has.
+    pub lag_bytes: u64,
+    /// How many bytes of segments were sent to it.
+    pub bytes_sent: u64,
+}
+
+/// How shipping goes.
+#[derive(Debug, Clone, Serialize)]
+pub struct ShipStatus {
+    /// The newest checkpoint that the ack quorum has.
+    #[serde(serialize_with = "crate::wire::text_or_null")]
+    pub committed: Option<SegmentName>,
+    /// The newest checkpoint in the spool.
+    #[serde(serialize_with = "crate::wire::text_or_null")]
+    pub newest: Option<SegmentName>,
+    /// Each holder.
+    pub holders: Vec<HolderStatus>,
+}
+
+#[derive(Debug)]
+struct View {
+    state: HolderState,
+    node: Option<String>,
+    since: Instant,
+}
+
+/// What the tasks share.
+#[derive(Debug)]
+struct Shared {
+    vm: VmId,
+    generation: Generation,
+    owner: String,
+    spool: Arc<Spool>,
+    events: mpsc::UnboundedSender<ShipEvent>,
+    // Written by every holder's task and read by who commits, registers and asks for the status; held for moments.
+    ledger: Mutex<Ledger>,
+    // Written by every holder's task, read for the status; held for moments.
+    views: Mutex<Vec<View>>,
+    sent: Vec<Arc<AtomicU64>>,
+    /// Changes when the ledger does.
+    changes: watch::Sender<u64>,
+}
+
+impl Shared {
+    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        // Bookkeeping without a half-done state between two statements that could panic.
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn views(&self) -> MutexGuard<'_, Vec<View>> {
+        self.views.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn position(&self, holder: usize, newest: Option<Held>) {
+        let step = self.ledger().position(holder, newest);
+        self.after(step);
+    }
+
+    fn stored(&self, holder: usize, offer: &Offer) {
+        let step = self.ledger().stored(holder, offer);
+        self.after(step);
+    }
+
+    fn after(&self, step: Option<Committed>) {
+        if let Some(Committed { name, holders }) = step
+            && name.generation == self.generation
+        {
+            tracing::debug!(%name, ?holders, "committed");
+            // The VM may be gone already while its shipper still drains.
+            let _ = self.events.send(ShipEvent::Committed { name, holders });
+        }
+        self.changes.send_modify(|n| *n += 1);
+    }
+
+    fn show(&self, holder: usize, state: HolderState, node: Option<&str>) {
+        let mut views = self.views();
+        let Some(view) = views.get_mut(holder) else { return };
+        // How long it has been unreachable, not since the last try.
+        if std::mem::discriminant(&view.state) != std::mem::discriminant(&state) {
+            view.since = Instant::now();
+        }
+        view.state = state;
+        view.node = node.map(str::to_owned).or(view.node.take());
+    }
+}
+
+/// Ships a VM's segments.
+#[derive(Debug)]
+pub struct Shipper {
+    shared: Arc<Shared>,
+    notify: watch::Sender<u64>,
+    stop: watch::Sender<bool>,
+    tasks: Vec<JoinHandle<()>>,
+    registrar: Option<(Registry, JoinHandle<()>)>,
+}
+
+impl Shipper {
+    /// Starts the tasks on `handle`. What is in the spool already is shipped at once.
+    #[must_use]
+    pub fn start(
+        handle: &tokio::runtime::Handle,
+        config: ShipperConfig,
+        spool: Arc<Spool>,
+        events: mpsc::UnboundedSender<ShipEvent>,
+    ) -> Self {
+        let ShipperConfig {
+            sender,
+            holders,
+            ack_quorum,
+            registry,
+        } = config;
+        for address in &holders {
+            spool.add_holder(address);
+        }
+        let view = || View {
+            state: HolderState::Connecting,
+            node: None,
+            since: Instant::now(),
+        };
+        let shared = Arc::new(Shared {
+            vm: sender.vm.clone(),
+            generation: sender.generation,
+            owner: sender.owner.clone(),
+            spool,
+            events,
+            ledger: Mutex::new(Ledger::new(&holders, ack_quorum)),
+            views: Mutex::new(holders.iter().map(|_| view()).collect()),
+            sent: holders.iter().map(|_| Arc::default()).collect(),
+            changes: watch::Sender::new(0),
+        });
+        let (notify, stop) = (watch::Sender::new(0), watch::Sender::new(false));
+        let tasks = holders.into_iter().enumerate().map(|(at, address)| {
+            let holder = Holder::new(shared.clone(), at, address, sender.clone());
+            handle.spawn(holder.run(notify.subscribe(), stop.subscribe()))
+        });
+        let tasks = tasks.collect();
+        let registrar = registry.map(|registry| {
+            let run = registrar::run(shared.clone(), registry.clone(), stop.subscribe());
+            (registry, handle.spawn(run))
+        });
+        Self {
+            shared,
+            notify,
+            stop,
+            tasks,
+            registrar,
+        }
+    }
+
+    /// A new segment is in the spool. Never blocks.
+    pub fn notify(&self) {
+        self.notify.send_modify(|n| *n += 1);
+    }
+
+    /// How shipping goes.
+    #[must_use]
+    pub fn status(&self) -> ShipStatus {
+        let entries = self.shared.spool.store().entries(&self.shared.vm);
+        let newest = entries.last().map(|e| e.name.clone());
+        let ledger = self.shared.ledger();
+        let views = self.shared.views();
+        let holders = views.iter().enumerate().map(|(at, view)| {
+            let acked = ledger.acked(at).map(|h| h.name.clone());
+            let lacking = entries
+                .iter()
+                .filter(|e| acked.as_ref().is_none_or(|a| e.name > *a));
+            let lag_bytes = lacking.clone().map(|e| e.bytes).sum();
+            let lag_epochs = match (&acked, &newest) {
+                // Merged ones count as what they were.
+                (Some(a), Some(n)) if a.generation == n.generation => n.epoch.0.saturating_sub(a.epoch.0),
+                _ => lacking.count() as u64,
+            };
+            HolderStatus {
+                address: ledger.address(at).to_owned(),
+                node: view.node.clone(),
+                state: view.state.clone(),
+                since_ms: view.since.elapsed().as_millis() as u64,
+                acked,
+                lag_epochs,
+                lag_bytes,
+                bytes_sent: self.shared.sent[at].load(Ordering::Relaxed),
+            }
+        });
+        let holders = holders.collect();
+        ShipStatus {
+            committed: ledger.committed().cloned(),
+            newest,
+            holders,
+        }
+    }
+
+    /// Waits until the newest checkpoint of the spool is committed, at most for `deadline`; returns whether it is.
+    pub async fn drain(&self, deadline: Duration) -> bool {
+        let mut changes = self.shared.changes.subscribe();
+        let committed = async {
+            loop {
+                let newest = self
+                    .shared
+                    .spool
+                    .store()
+                    .entries(&self.shared.vm)
+                    .pop()
+                    .map(|e| e.name);
+                if newest.is_none() || newest <= self.shared.ledger().committed().cloned() {
+                    return;
+                }
+                if changes.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        tokio::time::timeout(deadline, committed).await.is_ok()
+    }
+
+    /// Ends the tasks; what was committed is registered if the registry is there.
+    pub async fn stop(self) {
+        // Nobody may be left to hear it.
+        let _ = self.stop.send(true);
+        for task in self.tasks {
+            let _ = task.await;
+        }
+        if let Some((registry, task)) = self.registrar {
+            let _ = tokio::time::timeout(LAST_REGISTER, async {
+                let _ = task.await;
+                registrar::last(&self.shared, &registry).await;
+            })
+            .await;
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! What a store holds, in memory: pure, no file is touched here.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::{Path, PathBuf};
+
+use segment::{CheckpointId, Epoch, Generation, Kind, SegmentName, VmId};
+
+use super::{ChainError, Entry, MAX_CHAIN_LINKS};
+
+/// The entries, the bytes they and the reservations take, and the promises.
+#[derive(Debug, Default)]
+pub(super) struct Index {
+    vms: BTreeMap<VmId, BTreeMap<(Generation, Epoch), Entry>>,
+    /// Bytes of the entries, and of files that are there and not understood.
+    used: u64,
+    /// Bytes promised to segments on their way in.
+    reserved: u64,
+    promises: HashMap<VmId, Generation>,
+    /// Folders whose own names are durable.
+    folders: HashSet<PathBuf>,
+}
+
+impl Index {
+    pub(super) fn get(&self, name: &SegmentName) -> Option<&Entry> {
+        self.vms.get(&name.vm)?.get(&name.position())
+    }
+
+    /// Puts an entry in; what had its name is replaced.
+    pub(super) fn insert(&mut self, entry: Entry) {
+        self.used = self.used.saturating_add(entry.bytes);
+        let old = self
+            .vms
+            .entry(entry.name.vm.clone())
+            .or_default()
+            .insert(entry.name.position(), entry);
+        self.used = self.used.saturating_sub(old.map_or(0, |old| old.bytes));
+    }
+
+    pub(super) fn remove(&mut self, name: &SegmentName) -> Option<Entry> {
+        let segments = self.vms.get_mut(&name.vm)?;
+        let old = segments.remove(&name.position())?;
+        if segments.is_empty() {
+            self.vms.remove(&name.vm);
+        }
+        self.used = self.used.saturating_sub(old.bytes);
+        Some(old)
+    }
+
+    /// Counts a file that takes room and is no entry.
+    pub(super) fn add_foreign(&mut self, bytes: u64) {
+        self.used = self.used.saturating_add(bytes);
+    }
+
+    pub(super) fn used(&self) -> u64 {
+        self.used
+    }
+
+    /// Sets `more` bytes aside, or says how many are taken.
+    pub(super) fn reserve(&mut self, more: u64, budget: Option<u64>) -> Result<(), u64> {
+        let taken = self.used.saturating_add(self.reserved);
+        if budget.is_some_and(|budget| taken.saturating_add(more) > budget) {
+            return Err(taken);
+        }
+        self.reserved = self.reserved.saturating_add(more);
+        Ok(())
+    }
+
+    pub(super) fn release(&mut self, bytes: u64) {
+        debug_assert!(bytes <= self.reserved, "more is released than was reserved");
+        self.reserved = self.reserved.saturating_sub(bytes);
+    }
+
+    pub(super) fn vms(&self) -> Vec<VmId> {
+        self.vms.keys().cloned().collect()
+    }
+
+    pub(super) fn entries(&self, vm: &VmId) -> Vec<Entry> {
+        self.vms
+            .get(vm)
+            .map(|segments| segments.values().cloned().collect())
+            .unwrap_or_default()
+    }
+
+    pub(super) fn all(&self) -> impl Iterator<Item = &Entry> {
+        self.vms.values().flat_map(BTreeMap::values)
+    }
+
+    pub(super) fn promised(&self, vm: &VmId) -> Generation {
+        self.promises.get(vm).copied().unwrap_or_default()
+    }
+
+    pub(super) fn set_promise(&mut self, vm: VmId, generation: Generation) {
+        self.promises.insert(vm, generation);
+    }
+
+    pub(super) fn has_folder(&self, path: &Path) -> bool {
+        self.folders.contains(path)
+    }
+
+    pub(super) fn add_folder(&mut self, path: PathBuf) {
+        self.folders.insert(path);
+    }
+
+    /// The links of `tip`, full first.
+    pub(super) fn chain(&self, tip: &SegmentName) -> Result<Vec<Entry>, ChainError> {
+        let mut links = self.walk(tip)?;
+        links.reverse();
+        Ok(links.into_iter().cloned().collect())
+    }
+
+    /// The newest entry of `vm` whose chain is whole.
+    pub(super) fn newest_complete(&self, vm: &VmId) -> Option<&Entry> {
+        self.vms
+            .get(vm)?
+            .values()
+            .rev()
+            .find(|entry| self.walk(&entry.name).is_ok())
+    }
+
+    /// The links of `tip`, tip first.
+    fn walk(&self, tip: &SegmentName) -> Result<Vec<&Entry>, ChainError> {
+        let mut links: Vec<&Entry> = Vec::new();
+        let mut seen = HashSet::new();
+        let (mut link, mut wanted): (&SegmentName, Option<CheckpointId>) = (tip, None);
+        loop {
+            let wanted_by = || links.last().map_or(tip, |child| &child.name).clone();
+            let Some(entry) = self.get(link) else {
+                return Err(ChainError::Missing {
+                    link: link.clone(),
+                    wanted_by: wanted_by(),
+                });
+            };
+            if let Some(wanted) = wanted
+                && wanted != entry.checkpoint
+            {
+                let held = entry.checkpoint;
+                return Err(ChainError::WrongCheckpoint {
+                    link: link.clone(),
+                    wanted_by: wanted_by(),
+                    wanted,
+                    held,
+                });
+            }
+            if !seen.insert(link) {
+                return Err(ChainError::Cycle {
+                    tip: tip.clone(),
+                    link: link.clone(),
+                });
+            }
+            if links.len() >= MAX_CHAIN_LINKS {
+                return Err(ChainError::TooLong {
+                    tip: tip.clone(),
+                    max: MAX_CHAIN_LINKS,
+                });
+            }
+            links.push(entry);
+            match &entry.kind {
+                Kind::Full => return Ok(links),
+                Kind::Delta {
+                    parent,
+                    parent_checkpoint,
+                } => (link, wanted) = (parent, Some(*parent_checkpoint)),
+            }
+        }
+    }
+}

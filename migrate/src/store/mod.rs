@@ -1,0 +1,479 @@
+//! Segments in a folder: the store of an owner (its spool) and of a holder.
+//!
+//! ```text
+//! DIR/lock                                     flock: one process writes
+//! DIR/tmp/<vm>-<generation>-<epoch>.<n>        on their way in; emptied when the store is opened
+//! DIR/segments/<vm>/<generation>/<epoch>.seg   whole and verified
+//! DIR/promises/<vm>                            the highest generation promised
+//! DIR/damaged/                                 what was found unusable, for a person to look at
+//!
+//! begin() -> Incoming --write--> commit(): verify, sync, { promise still allows it? rename, sync folder } -> Stored
+//! ```
+//!
+//! Invariants:
+//! - What has its real name is whole. [`Stored`] is made only after that name is durable (for [`Durability::Durable`]).
+//! - A name keeps its checkpoint: its bytes may be written anew (merged, folded), its [`CheckpointId`] stays.
+//! - Once [`FsStore::promise`] has returned, nothing of a lower generation appears any more; promises never go back.
+//! - Stored and reserved bytes stay within the budget. A merge may go beyond it for as long as it runs: it is what
+//!   brings the bytes down.
+//!
+//! What it never does: it does not choose what to drop, it opens no socket, and it never waits for another process.
+//!
+//! Two locks, each with its reason. The *index* is one mutex: every operation on it takes microseconds, every thread
+//! of the agent needs the same view, and no file is written under it. A *gate* per VM is held while a name or a
+//! promise is published, also across the sync: that is what makes "no lower generation after the promise" true.
+//! Order: gate, then index. Neither is held while bytes are copied.
+
+mod error;
+mod incoming;
+mod index;
+mod merge;
+mod open;
+mod promise;
+mod scan;
+
+#[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
+pub(crate) mod fixture;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use segment::{
+    CheckpointId, Digest, Epoch, Generation, Kind, ReadAt, SegmentName, SegmentReader, Summary, VmId, limits,
+};
+
+pub use error::{ChainError, StoreError};
+pub use incoming::Incoming;
+
+use crate::crashsafe::{Disk, DiskError};
+use incoming::Quota;
+use index::Index;
+
+/// The most links a chain may have.
+pub const MAX_CHAIN_LINKS: usize = 65_536;
+
+/// The longest segment: the longest body, and a gigabyte for all that is around it.
+pub const MAX_SEGMENT_BYTES: u64 = limits::MAX_BODY_BYTES + (1 << 30);
+
+/// What must survive: the process, or the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// A holder's store: what was acknowledged survives a power cut.
+    Durable,
+    /// The owner's own local store: the host's death loses it anyway, so nothing waits for the disk. Promises do.
+    Spool,
+}
+
+/// One stored segment, as the index knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its name.
+    pub name: SegmentName,
+    /// The checkpoint it carries.
+    pub checkpoint: CheckpointId,
+    /// Full, or on which parent.
+    pub kind: Kind,
+    /// Deltas down to the full segment when it was taken, itself included; 0 when it was taken full.
+    pub links: u32,
+    /// Length of the file.
+    pub bytes: u64,
+    /// Its root digest.
+    pub digest: Digest,
+    /// When the guest was stopped for it.
+    pub created_unix_ns: u64,
+    /// The oldest epoch merged into it.
+    pub first_epoch: Option<Epoch>,
+    /// The user's label.
+    pub label: Option<String>,
+}
+
+impl Entry {
+    /// What `reader` has open.
+    #[must_use]
+    pub fn of<R: ReadAt>(reader: &SegmentReader<R>) -> Self {
+        let manifest = reader.manifest();
+        Self {
+            name: manifest.name.clone(),
+            checkpoint: manifest.checkpoint,
+            kind: manifest.kind.clone(),
+            links: manifest.links,
+            bytes: reader.file_bytes(),
+            digest: reader.digest(),
+            created_unix_ns: manifest.created_unix_ns,
+            first_epoch: manifest.first_epoch,
+            label: manifest.label.clone(),
+        }
+    }
+
+    /// The name and identity of the checkpoint this one is a change of; none when it is full.
+    #[must_use]
+    pub fn parent(&self) -> Option<(&SegmentName, CheckpointId)> {
+        match &self.kind {
+            Kind::Full => None,
+            Kind::Delta {
+                parent,
+                parent_checkpoint,
+            } => Some((parent, *parent_checkpoint)),
+        }
+    }
+}
+
+/// Proof that a checkpoint is stored here as durably as this store promises. Only the store makes one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored {
+    entry: Entry,
+}
+
+impl Stored {
+    /// What is stored.
+    #[must_use]
+    pub fn entry(&self) -> &Entry {
+        &self.entry
+    }
+}
+
+/// A file that could not be used when the store was opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DamagedFile {
+    /// The segment it should have been.
+    pub name: SegmentName,
+    /// Where it was.
+    pub path: PathBuf,
+    /// Where it is now; none when it was left where it was.
+    pub moved_to: Option<PathBuf>,
+    /// What is wrong with it.
+    pub why: String,
+}
+
+/// A folder of segments. See the [module](self).
+#[derive(Debug)]
+pub struct FsStore {
+    dir: PathBuf,
+    budget: Option<u64>,
+    disk: Disk,
+    /// The locked file, when this process may write.
+    lock: Option<File>,
+    damaged: Vec<DamagedFile>,
+    index: Mutex<Index>,
+    gates: Mutex<HashMap<VmId, Arc<Mutex<()>>>>,
+}
+
+impl FsStore {
+    /// Where the store is.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Bytes of all stored segments. What is reserved for segments on their way in is not counted.
+    #[must_use]
+    pub fn used_bytes(&self) -> u64 {
+        self.index().used()
+    }
+
+    /// The most bytes the store may take.
+    #[must_use]
+    pub fn budget(&self) -> Option<u64> {
+        self.budget
+    }
+
+    /// What could not be used when the store was opened.
+    #[must_use]
+    pub fn damaged(&self) -> &[DamagedFile] {
+        &self.damaged
+    }
+
+    /// Opens a temporary file for a segment of exactly `bytes` bytes, and sets that much of the budget aside.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`], [`StoreError::AlreadyHeld`] (whose proof says which checkpoint is held),
+    /// [`StoreError::TooLong`], [`StoreError::Full`], [`StoreError::DiskFull`].
+    pub fn begin(self: &Arc<Self>, name: &SegmentName, bytes: u64) -> Result<Incoming, StoreError> {
+        self.begin_under(name, bytes, name.generation)
+    }
+
+    /// The same on behalf of an owner of generation `writer`, which may be higher than the one in the name: a new
+    /// owner ships, and a promoting node fetches, what an earlier generation has written. The promise is held against
+    /// who writes.
+    ///
+    /// # Errors
+    /// As [`Self::begin`].
+    pub fn begin_under(
+        self: &Arc<Self>,
+        name: &SegmentName,
+        bytes: u64,
+        writer: Generation,
+    ) -> Result<Incoming, StoreError> {
+        self.check_begin(name, bytes, writer)?;
+        Incoming::new(self, name, bytes, Quota::Exact, writer)
+    }
+
+    /// The same for a segment whose length is not known before it is written: the share of the budget grows with it.
+    ///
+    /// # Errors
+    /// As [`Self::begin`].
+    pub fn begin_growing(self: &Arc<Self>, name: &SegmentName) -> Result<Incoming, StoreError> {
+        self.check_begin(name, 0, name.generation)?;
+        Incoming::new(self, name, 0, Quota::Growing, name.generation)
+    }
+
+    fn check_begin(&self, name: &SegmentName, bytes: u64, writer: Generation) -> Result<(), StoreError> {
+        self.check_writable()?;
+        if bytes > MAX_SEGMENT_BYTES {
+            return Err(StoreError::TooLong {
+                bytes,
+                max: MAX_SEGMENT_BYTES,
+            });
+        }
+        let index = self.index();
+        check_promise(&index, name, writer)?;
+        match index.get(name) {
+            Some(held) => Err(StoreError::AlreadyHeld {
+                stored: Box::new(Stored { entry: held.clone() }),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// What is held under `name`.
+    #[must_use]
+    pub fn get(&self, name: &SegmentName) -> Option<Entry> {
+        self.index().get(name).cloned()
+    }
+
+    /// Proof that `name` is stored, when it is.
+    #[must_use]
+    pub fn stored(&self, name: &SegmentName) -> Option<Stored> {
+        self.get(name).map(|entry| Stored { entry })
+    }
+
+    /// The VMs that have segments here.
+    #[must_use]
+    pub fn vms(&self) -> Vec<VmId> {
+        self.index().vms()
+    }
+
+    /// The segments of one VM, oldest position first.
+    #[must_use]
+    pub fn entries(&self, vm: &VmId) -> Vec<Entry> {
+        self.index().entries(vm)
+    }
+
+    /// Every segment.
+    #[must_use]
+    pub fn all(&self) -> Vec<Entry> {
+        self.index().all().cloned().collect()
+    }
+
+    /// The links of `tip`, the full segment first. Links fit by name and checkpoint.
+    ///
+    /// # Errors
+    /// When one is not here or another checkpoint, and when there are too many.
+    pub fn chain(&self, tip: &SegmentName) -> Result<Vec<Entry>, ChainError> {
+        self.index().chain(tip)
+    }
+
+    /// The newest segment of `vm` whose chain is whole here.
+    #[must_use]
+    pub fn newest_complete(&self, vm: &VmId) -> Option<Entry> {
+        self.index().newest_complete(vm).cloned()
+    }
+
+    /// Opens a segment for reading.
+    ///
+    /// # Errors
+    /// [`StoreError::NotHeld`], [`StoreError::Damaged`], and what the disk says.
+    pub fn open_segment(&self, name: &SegmentName) -> Result<SegmentReader<File>, StoreError> {
+        let (file, _) = self.open_raw(name)?;
+        SegmentReader::open(file).map_err(|source| StoreError::Damaged {
+            name: name.clone(),
+            source,
+        })
+    }
+
+    /// Opens the file of a segment; the entry is that of this very file (not so when the store was opened for reading
+    /// and another process has merged it since). What is open stays readable, also when it is merged or removed.
+    ///
+    /// # Errors
+    /// [`StoreError::NotHeld`], and what the disk says.
+    pub fn open_raw(&self, name: &SegmentName) -> Result<(File, Entry), StoreError> {
+        // Under the index's lock, because a merge replaces file and entry together under it.
+        let index = self.index();
+        let not_held = || StoreError::NotHeld {
+            name: name.clone(),
+            dir: self.dir.clone(),
+        };
+        let entry = index.get(name).ok_or_else(not_held)?;
+        let path = self.segment_path(name);
+        match File::open(&path) {
+            Ok(file) => Ok((file, entry.clone())),
+            // Removed in this moment, or by another process when this one only reads.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Err(not_held()),
+            Err(source) => Err(StoreError::Io {
+                what: "open",
+                path,
+                source,
+            }),
+        }
+    }
+
+    /// Removes a segment. Whether something builds on it is for the caller to know.
+    ///
+    /// # Errors
+    /// [`StoreError::NotHeld`], and what the disk says.
+    pub fn remove(&self, name: &SegmentName) -> Result<(), StoreError> {
+        self.check_writable()?;
+        let gate = self.gate(&name.vm);
+        let _open = lock(&gate);
+        if self.index().get(name).is_none() {
+            return Err(StoreError::NotHeld {
+                name: name.clone(),
+                dir: self.dir.clone(),
+            });
+        }
+        self.unlink(name)?;
+        self.disk
+            .sync_parent(&self.segment_path(name))
+            .map_err(|e| self.disk_error(e))
+    }
+
+    /// Takes a segment out of the folder and the index. The gate is held.
+    fn unlink(&self, name: &SegmentName) -> Result<(), StoreError> {
+        self.disk
+            .unlink(&self.segment_path(name))
+            .map_err(|e| self.disk_error(e))?;
+        self.index().remove(name);
+        Ok(())
+    }
+
+    /// Reads a segment from beginning to end, and checks every byte.
+    ///
+    /// # Errors
+    /// [`StoreError::NotHeld`], [`StoreError::Damaged`], and what the disk says.
+    pub fn verify(&self, name: &SegmentName) -> Result<Summary, StoreError> {
+        let damaged = |source| StoreError::Damaged {
+            name: name.clone(),
+            source,
+        };
+        self.open_segment(name)?.verify().map_err(damaged)
+    }
+
+    /// The highest generation promised for `vm`; 0 when none is.
+    #[must_use]
+    pub fn promised(&self, vm: &VmId) -> Generation {
+        self.index().promised(vm)
+    }
+
+    /// Promises to refuse every generation of `vm` below `generation`. The promise is on the disk when this returns,
+    /// in every kind of store, and nothing lower appears after it.
+    ///
+    /// # Errors
+    /// [`StoreError::Fenced`] when a higher one is promised already, and what the disk says; then it may or may not
+    /// be promised, and can be asked for again.
+    pub fn promise(&self, vm: &VmId, generation: Generation) -> Result<Generation, StoreError> {
+        self.check_writable()?;
+        let gate = self.gate(vm);
+        let _open = lock(&gate);
+        let current = self.promised(vm);
+        if generation < current {
+            return Err(StoreError::Fenced {
+                vm: vm.clone(),
+                asked: generation,
+                current,
+            });
+        }
+        if generation == current {
+            return Ok(current);
+        }
+        let disk = self.disk.made_durable();
+        let to_error = |e| self.disk_error(e);
+        let mut temp = disk
+            .temp(&self.dir.join("tmp"), &format!("promise-{vm}"))
+            .map_err(to_error)?;
+        let path = self.dir.join("promises").join(vm.as_str());
+        if let Err(source) = temp.write_all(&promise::encode(vm, generation)) {
+            return Err(to_error(DiskError {
+                what: "write the promise",
+                path,
+                source,
+            }));
+        }
+        temp.replace(&path).map_err(to_error)?;
+        // Durable: from here on it holds, and not before, as a promise that a crash can take back is none.
+        self.index().set_promise(vm.clone(), generation);
+        Ok(generation)
+    }
+
+    fn index(&self) -> MutexGuard<'_, Index> {
+        lock(&self.index)
+    }
+
+    fn gate(&self, vm: &VmId) -> Arc<Mutex<()>> {
+        lock(&self.gates).entry(vm.clone()).or_default().clone()
+    }
+
+    fn check_writable(&self) -> Result<(), StoreError> {
+        match self.lock {
+            Some(_) => Ok(()),
+            None => Err(StoreError::ReadOnly {
+                dir: self.dir.clone(),
+            }),
+        }
+    }
+
+    fn disk_error(&self, error: DiskError) -> StoreError {
+        StoreError::from_disk(&self.dir, error)
+    }
+
+    /// Where the file of `name` is, when it is held.
+    #[must_use]
+    pub fn segment_path(&self, name: &SegmentName) -> PathBuf {
+        let mut path = self.dir.join("segments");
+        path.extend([
+            name.vm.as_str(),
+            &name.generation.to_string(),
+            &format!("{}{}", name.epoch, scan::ENDING),
+        ]);
+        path
+    }
+}
+
+/// The links of `tip` among `entries`, the full segment first.
+pub(crate) fn chain_of(
+    entries: impl Iterator<Item = Entry>,
+    tip: &SegmentName,
+) -> Result<Vec<Entry>, ChainError> {
+    let mut index = Index::default();
+    entries.for_each(|entry| index.insert(entry));
+    index.chain(tip)
+}
+
+/// A mutex's content. A thread that panicked under it left it whole: every change under these locks is one call.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A name as one path component.
+fn flat(name: &SegmentName) -> String {
+    format!("{}-{}-{}", name.vm, name.generation, name.epoch)
+}
+
+/// Refuses a writer whose generation is over.
+fn check_promise(index: &Index, name: &SegmentName, writer: Generation) -> Result<(), StoreError> {
+    let current = index.promised(&name.vm);
+    if writer < current {
+        return Err(StoreError::Fenced {
+            vm: name.vm.clone(),
+            asked: writer,
+            current,
+        });
+    }
+    Ok(())
+}

@@ -1,0 +1,366 @@
+//! Connections: who may be reached how, frames over a byte stream, and the handshake.
+//!
+//! ```text
+//! connects: Hello{versions, cluster, purpose, name} ->
+//!           <- Welcome{version, node, registry} | Reject{code, why}     : listens
+//! ```
+//!
+//! Everything above [`Link`] works over any stream of bytes, so that TLS is one more way to make one.
+//!
+//! Invariants: plain TCP only to and from loopback addresses; every wait has a deadline.
+//!
+//! What it never does: it knows no VM and no segment, and it never retries (the pure senders decide that).
+
+mod client;
+mod framed;
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::wire::{Hello, MAX_VERSION, MIN_VERSION, Message, Purpose, Reject, Welcome, WireError};
+
+pub use client::{CallError, Client};
+pub use framed::{FrameReader, FrameWriter, Incoming, Link};
+
+/// How long a connection may take to come up.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long the other side may take to greet.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a side that has nothing to say says that it lives.
+pub const PING_EVERY: Duration = Duration::from_secs(1);
+/// How long a side may be silent before it is given up.
+pub const DEAD_AFTER: Duration = Duration::from_secs(6);
+/// The most texts of a greeting, in bytes.
+const MAX_NAME_BYTES: usize = 255;
+
+/// A stream of bytes to a peer.
+pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> ByteStream for T {}
+
+/// Why a connection failed.
+#[derive(Debug, thiserror::Error)]
+pub enum TransportError {
+    /// The address is none, or its name has none.
+    #[error("the address {address} cannot be used: write it as HOST:PORT")]
+    Address {
+        /// As it was given.
+        address: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Plain TCP beyond this host.
+    #[error(
+        "refused to {doing} {address}: what goes there is guest memory, and TLS is not available yet. Use a loopback \
+         address (127.0.0.1 or [::1])"
+    )]
+    NotLoopback {
+        /// As it was given.
+        address: String,
+        /// Listen on or connect to.
+        doing: &'static str,
+    },
+    /// Nothing answers there.
+    #[error("connect to {address}")]
+    Connect {
+        /// The address.
+        address: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The port cannot be had.
+    #[error("listen on {address}: choose another with --listen, or stop what has it")]
+    Listen {
+        /// The address.
+        address: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The peer took too long.
+    #[error("{peer} did not {what} within {} ms", after.as_millis())]
+    Timeout {
+        /// The peer.
+        peer: String,
+        /// What it should have done.
+        what: &'static str,
+        /// How long it had.
+        after: Duration,
+    },
+    /// The peer's bytes are no frames.
+    #[error("talk to {peer}")]
+    Wire {
+        /// The peer.
+        peer: String,
+        /// What is wrong with them.
+        #[source]
+        source: WireError,
+    },
+    /// The connection broke.
+    #[error("the connection to {peer} broke")]
+    Io {
+        /// The peer.
+        peer: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The peer ended the connection.
+    #[error("{peer} closed the connection")]
+    Closed {
+        /// The peer.
+        peer: String,
+    },
+    /// The peer refuses.
+    #[error("{peer} refuses: {why}")]
+    Rejected {
+        /// The peer.
+        peer: String,
+        /// One of the constants of [`Reject`].
+        code: u16,
+        /// In its words.
+        why: String,
+    },
+    /// The peer sent a frame that must not come there.
+    #[error("{peer} sent {got} where {expected} was due")]
+    Unexpected {
+        /// The peer.
+        peer: String,
+        /// What came.
+        got: &'static str,
+        /// What was due.
+        expected: &'static str,
+    },
+    /// No version that both speak.
+    #[error(
+        "{peer} speaks protocol versions {min} to {max}, this build {MIN_VERSION} to {MAX_VERSION}: update the older"
+    )]
+    Version {
+        /// The peer.
+        peer: String,
+        /// Its oldest.
+        min: u16,
+        /// Its newest.
+        max: u16,
+    },
+}
+
+impl TransportError {
+    /// The error and its causes in one line.
+    #[must_use]
+    pub fn in_full(&self) -> String {
+        in_full(self)
+    }
+}
+
+/// An error and its causes in one line, for where there is no place for a chain: a log, an answer to a peer.
+#[must_use]
+pub fn in_full(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(c) = cause {
+        text = format!("{text}: {c}");
+        cause = c.source();
+    }
+    text
+}
+
+/// Resolves `address` to loopback addresses only.
+async fn loopback(address: &str, doing: &'static str) -> Result<Vec<SocketAddr>, TransportError> {
+    let unusable = |source| TransportError::Address {
+        address: address.to_owned(),
+        source,
+    };
+    let found: Vec<_> = tokio::net::lookup_host(address)
+        .await
+        .map_err(unusable)?
+        .collect();
+    if found.is_empty() {
+        return Err(unusable(io::Error::other("the name has no address")));
+    }
+    // All of them: which one would be used is not ours to choose.
+    if found.iter().any(|a| !a.ip().is_loopback()) {
+        return Err(TransportError::NotLoopback {
+            address: address.to_owned(),
+            doing,
+        });
+    }
+    Ok(found)
+}
+
+/// Listens on `address`, which has to be a loopback one.
+///
+/// # Errors
+/// When it is none, or the port cannot be had.
+pub async fn listen(address: &str) -> Result<TcpListener, TransportError> {
+    let found = loopback(address, "listen on").await?;
+    TcpListener::bind(found.as_slice())
+        .await
+        .map_err(|source| TransportError::Listen {
+            address: address.to_owned(),
+            source,
+        })
+}
+
+/// Connects to `address`, which has to be a loopback one.
+///
+/// # Errors
+/// When it is none, or nothing answers within [`CONNECT_TIMEOUT`].
+pub async fn dial(address: &str) -> Result<TcpStream, TransportError> {
+    let connecting = async {
+        let found = loopback(address, "connect to").await?;
+        TcpStream::connect(found.as_slice())
+            .await
+            .map_err(|source| TransportError::Connect {
+                address: address.to_owned(),
+                source,
+            })
+    };
+    let stream = within(address, "take the connection", CONNECT_TIMEOUT, connecting).await?;
+    // An acknowledgement must not wait for a full packet.
+    stream
+        .set_nodelay(true)
+        .map_err(|source| TransportError::Connect {
+            address: address.to_owned(),
+            source,
+        })?;
+    Ok(stream)
+}
+
+/// `future`, or [`TransportError::Timeout`] after `after`.
+///
+/// # Errors
+/// The future's, or that it took too long.
+pub async fn within<T>(
+    peer: &str,
+    what: &'static str,
+    after: Duration,
+    future: impl Future<Output = Result<T, TransportError>>,
+) -> Result<T, TransportError> {
+    match tokio::time::timeout(after, future).await {
+        Ok(result) => result,
+        Err(_) => Err(TransportError::Timeout {
+            peer: peer.to_owned(),
+            what,
+            after,
+        }),
+    }
+}
+
+/// The highest version that both speak.
+#[must_use]
+pub fn agree(mine: (u16, u16), theirs: (u16, u16)) -> Option<u16> {
+    let version = mine.1.min(theirs.1);
+    (version >= mine.0 && version >= theirs.0).then_some(version)
+}
+
+/// Greets who listens at the other end of `link`.
+///
+/// # Errors
+/// When it refuses, or does not answer in time.
+pub async fn greet<S: ByteStream>(
+    link: &mut Link<S>,
+    purpose: Purpose,
+    cluster: &str,
+    name: &str,
+) -> Result<Welcome, TransportError> {
+    let hello = Hello {
+        min_version: MIN_VERSION,
+        max_version: MAX_VERSION,
+        cluster: cut(cluster),
+        purpose,
+        name: cut(name),
+    };
+    let peer = link.peer().to_owned();
+    within(&peer, "greet back", HANDSHAKE_TIMEOUT, async {
+        link.writer.send(0, &Message::Hello(hello)).await?;
+        let welcome = match link.reader.next().await?.message {
+            Message::Welcome(welcome) => welcome,
+            Message::Reject(Reject { code, why }) => {
+                return Err(TransportError::Rejected {
+                    peer: peer.clone(),
+                    code,
+                    why,
+                });
+            }
+            other => {
+                let got = other.kind().name();
+                return Err(TransportError::Unexpected {
+                    peer: peer.clone(),
+                    got,
+                    expected: "Welcome",
+                });
+            }
+        };
+        if !(MIN_VERSION..=MAX_VERSION).contains(&welcome.version) {
+            let (min, max) = (welcome.version, welcome.version);
+            return Err(TransportError::Version {
+                peer: peer.clone(),
+                min,
+                max,
+            });
+        }
+        Ok(welcome)
+    })
+    .await
+}
+
+/// Waits for the greeting of who connected, and checks it; the caller answers with [`Welcome`] or rejects.
+///
+/// # Errors
+/// When it does not greet in time, or must be refused (it was told so then).
+pub async fn expect_hello<S: ByteStream>(
+    link: &mut Link<S>,
+    cluster: &str,
+) -> Result<(Hello, u16), TransportError> {
+    let peer = link.peer().to_owned();
+    let first = within(&peer, "greet", HANDSHAKE_TIMEOUT, link.reader.next()).await?;
+    let Message::Hello(hello) = first.message else {
+        let got = first.message.kind().name();
+        let why = format!("{got} came where Hello was due");
+        link.reject(Reject::PROTOCOL, &why).await;
+        return Err(TransportError::Unexpected {
+            peer,
+            got,
+            expected: "Hello",
+        });
+    };
+    let (min, max) = (hello.min_version, hello.max_version);
+    let Some(version) = agree((MIN_VERSION, MAX_VERSION), (min, max)) else {
+        let why = format!(
+            "this node speaks protocol versions {MIN_VERSION} to {MAX_VERSION}, you {min} to {max}: update the older"
+        );
+        link.reject(Reject::VERSION, &why).await;
+        return Err(TransportError::Version { peer, min, max });
+    };
+    if hello.cluster != cluster {
+        let why = format!(
+            "this node belongs to cluster {cluster:?}, you to {:?}",
+            hello.cluster
+        );
+        link.reject(Reject::CLUSTER, &why).await;
+        return Err(TransportError::Rejected {
+            peer,
+            code: Reject::CLUSTER,
+            why,
+        });
+    }
+    Ok((hello, version))
+}
+
+/// At most what a greeting takes of a text.
+fn cut(text: &str) -> String {
+    let mut end = text.len().min(MAX_NAME_BYTES);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text[..end].to_owned()
+}
+
+#[cfg(test)]
+mod tests;

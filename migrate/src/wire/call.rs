@@ -1,0 +1,397 @@
+//! Questions and answers: to the registry, between agents, and from the command line.
+
+use minicbor::{Decode, Encode};
+use segment::{CheckpointId, Digest, Generation, SegmentName, VmId};
+use serde::Serialize;
+
+use super::Held;
+use crate::registry::{RegistryError, RegistryRequest, RegistryResponse};
+
+/// The most segments one answer lists.
+pub const MAX_PAGE_SEGMENTS: u32 = 1000;
+
+/// A question.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum Call {
+    /// To the registry this agent keeps.
+    #[n(0)]
+    Registry(#[n(0)] RegistryRequest),
+    /// How the agent is.
+    #[n(1)]
+    Status(#[n(0)] Nothing),
+    /// The segments it holds.
+    #[n(2)]
+    List(#[n(0)] ListCall),
+    /// One segment in detail.
+    #[n(3)]
+    Show(#[n(0)] NameCall),
+    /// Run the VM here.
+    #[n(4)]
+    Promote(#[n(0)] PromoteCall),
+    /// Forget a VM: its segments here.
+    #[n(5)]
+    Forget(#[n(0)] ForgetCall),
+    /// From another agent: promise the generation, and say what is here.
+    #[n(6)]
+    Seal(#[n(0)] SealCall),
+    /// From another agent: send a segment's file, as chunks on the call's stream after the answer.
+    #[n(7)]
+    Fetch(#[n(0)] NameCall),
+}
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum Reply {
+    /// Of the registry.
+    #[n(0)]
+    Registry(#[n(0)] RegistryResponse),
+    /// The registry's refusal.
+    #[n(1)]
+    RegistryRefused(#[n(0)] RegistryError),
+    /// How the agent is.
+    #[n(2)]
+    Status(#[n(0)] AgentStatus),
+    /// A page of segments.
+    #[n(3)]
+    List(#[n(0)] SegmentPage),
+    /// One segment.
+    #[n(4)]
+    Show(#[n(0)] SegmentDetail),
+    /// The VM runs here, or would.
+    #[n(5)]
+    Promoted(#[n(0)] PromoteReport),
+    /// Forgotten.
+    #[n(6)]
+    Forgotten(#[n(0)] ForgetReport),
+    /// Sealed, with the newest complete checkpoint.
+    #[n(7)]
+    Sealed(#[n(0)] SealReport),
+    /// The file that follows in chunks, ended by `End`.
+    #[n(8)]
+    Fetch(#[n(0)] SegmentBrief),
+    /// The agent refuses or failed.
+    #[n(9)]
+    Failed(#[n(0)] Failure),
+    /// The holder has promised a higher generation.
+    #[n(10)]
+    Fenced(#[n(0)] super::Fenced),
+}
+
+/// Nothing to say beyond the question itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Encode, Decode)]
+#[cbor(map)]
+pub struct Nothing {}
+
+/// Why an agent did not do what it was asked: in words, for a person.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, thiserror::Error)]
+#[cbor(map)]
+#[error("{why}")]
+pub struct Failure {
+    /// What failed, on what, why, and what to do.
+    #[n(0)]
+    pub why: String,
+}
+
+/// Which segments to list.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct ListCall {
+    /// Of this VM only.
+    #[cbor(n(0), with = "crate::wire::value", has_nil)]
+    pub vm: Option<VmId>,
+    /// After this one.
+    #[cbor(n(1), with = "crate::wire::value", has_nil)]
+    pub after: Option<SegmentName>,
+    /// At most so many, and at most [`MAX_PAGE_SEGMENTS`].
+    #[n(2)]
+    pub limit: u32,
+}
+
+/// Which segment.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct NameCall {
+    /// Its name.
+    #[cbor(n(0), with = "crate::wire::value")]
+    pub name: SegmentName,
+}
+
+/// Which VM to run.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct PromoteCall {
+    /// The VM.
+    #[cbor(n(0), with = "crate::wire::value")]
+    pub vm: VmId,
+    /// Only say what would be done.
+    #[n(1)]
+    pub dry_run: bool,
+}
+
+/// Which VM to forget.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct ForgetCall {
+    /// The VM.
+    #[cbor(n(0), with = "crate::wire::value")]
+    pub vm: VmId,
+    /// Also when it is recorded as running.
+    #[n(1)]
+    pub force: bool,
+    /// Only what is stored here: the registry and the other holders are left to who asks.
+    #[n(2)]
+    pub only_here: bool,
+}
+
+/// What was forgotten.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct ForgetReport {
+    /// How many segments were removed here.
+    #[n(0)]
+    pub segments: u64,
+    /// How many bytes they took.
+    #[n(1)]
+    pub bytes: u64,
+    /// What could not be reached, in words.
+    #[n(2)]
+    pub notes: Vec<String>,
+}
+
+/// Promise a generation.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct SealCall {
+    /// The VM.
+    #[cbor(n(0), with = "crate::wire::value")]
+    pub vm: VmId,
+    /// The generation that the caller raised to.
+    #[cbor(n(1), with = "crate::wire::value")]
+    pub generation: Generation,
+}
+
+/// What a sealed holder has.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct SealReport {
+    /// The generation that is promised durably.
+    #[cbor(n(0), with = "crate::wire::value")]
+    pub generation: Generation,
+    /// The newest checkpoint whose chain is whole there.
+    #[n(1)]
+    pub newest: Option<SegmentBrief>,
+}
+
+/// A stored segment in short.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct SegmentBrief {
+    /// Its name.
+    #[cbor(n(0), with = "crate::wire::value")]
+    #[serde(serialize_with = "super::text")]
+    pub name: SegmentName,
+    /// Which state it is.
+    #[cbor(n(1), with = "crate::wire::value")]
+    #[serde(serialize_with = "super::text")]
+    pub checkpoint: CheckpointId,
+    /// The root digest of the file.
+    #[cbor(n(2), with = "crate::wire::value")]
+    #[serde(serialize_with = "super::text")]
+    pub digest: Digest,
+    /// The length of the file.
+    #[n(3)]
+    pub bytes: u64,
+    /// What it stands on; absent for a full one.
+    #[n(4)]
+    pub parent: Option<Held>,
+    /// When the guest was stopped for it, in nanoseconds of Unix time.
+    #[n(5)]
+    pub created_unix_ns: u64,
+    /// Links of its chain, itself included.
+    #[n(6)]
+    pub links: u32,
+    /// Whether the whole chain is here.
+    #[n(7)]
+    pub complete: bool,
+    /// The user's label.
+    #[n(8)]
+    pub label: Option<String>,
+}
+
+impl SegmentBrief {
+    /// The checkpoint by name and identity.
+    #[must_use]
+    pub fn held(&self) -> Held {
+        Held {
+            name: self.name.clone(),
+            checkpoint: self.checkpoint,
+        }
+    }
+}
+
+/// A page of segments.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct SegmentPage {
+    /// The segments, by name.
+    #[n(0)]
+    pub segments: Vec<SegmentBrief>,
+    /// Whether there are more after the last.
+    #[n(1)]
+    pub more: bool,
+}
+
+/// One address space of a segment.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct SpaceBrief {
+    /// Its number; 0 is memory.
+    #[n(0)]
+    pub id: u16,
+    /// Its name.
+    #[n(1)]
+    pub name: String,
+    /// Bytes of a page.
+    #[n(2)]
+    pub page_bytes: u32,
+    /// Pages of the whole space.
+    #[n(3)]
+    pub pages: u64,
+}
+
+/// One segment in detail.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct SegmentDetail {
+    /// In short.
+    #[n(0)]
+    pub segment: SegmentBrief,
+    /// What made it.
+    #[n(1)]
+    pub producer: String,
+    /// Its address spaces.
+    #[n(2)]
+    pub spaces: Vec<SpaceBrief>,
+    /// Device and other records.
+    #[n(3)]
+    pub records: u64,
+    /// Frames of pages.
+    #[n(4)]
+    pub frames: u64,
+    /// The oldest epoch merged into it.
+    #[n(6)]
+    pub first_epoch: Option<u64>,
+    /// Why its chain is not whole here; absent when it is.
+    #[n(7)]
+    pub incomplete: Option<String>,
+}
+
+/// How an agent is.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct AgentStatus {
+    /// Its name.
+    #[n(0)]
+    pub node: String,
+    /// Where it listens.
+    #[n(1)]
+    pub address: String,
+    /// Its software.
+    #[n(2)]
+    pub software: String,
+    /// What it does: execute, store.
+    #[n(3)]
+    pub roles: Vec<String>,
+    /// Where the registry is: `embedded`, or HOST:PORT.
+    #[n(4)]
+    pub registry: String,
+    /// Bytes its segments take.
+    #[n(5)]
+    pub used_bytes: u64,
+    /// The most they may take.
+    #[n(6)]
+    pub budget_bytes: Option<u64>,
+    /// The VMs it holds segments of.
+    #[n(7)]
+    pub vms: Vec<VmStatus>,
+    /// Files that were found damaged when it started, and were set aside.
+    #[n(8)]
+    pub damaged: Vec<String>,
+    /// Connections now.
+    #[n(9)]
+    pub connections: u32,
+    /// Why the registry does not answer; absent when it does.
+    #[n(10)]
+    pub registry_problem: Option<String>,
+}
+
+/// What an agent knows of one VM.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct VmStatus {
+    /// The VM.
+    #[cbor(n(0), with = "crate::wire::value")]
+    #[serde(serialize_with = "super::text")]
+    pub vm: VmId,
+    /// The generation promised here; 0 when none was.
+    #[cbor(n(1), with = "crate::wire::value")]
+    #[serde(serialize_with = "super::number")]
+    pub promised: Generation,
+    /// How many segments.
+    #[n(2)]
+    pub segments: u64,
+    /// How many bytes.
+    #[n(3)]
+    pub bytes: u64,
+    /// The newest one whose chain is whole.
+    #[n(4)]
+    pub newest: Option<SegmentBrief>,
+    /// The owner that ships now; absent when none is connected.
+    #[n(5)]
+    pub shipping: Option<String>,
+}
+
+/// How long one phase of a promote took.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct PhaseTime {
+    /// Its name.
+    #[n(0)]
+    pub phase: String,
+    /// Microseconds.
+    #[n(1)]
+    pub us: u64,
+}
+
+/// A VM that runs here now; or, of a dry run, that would.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct PromoteReport {
+    /// The VM.
+    #[cbor(n(0), with = "crate::wire::value")]
+    pub vm: VmId,
+    /// The generation it runs under.
+    #[cbor(n(1), with = "crate::wire::value")]
+    pub generation: Generation,
+    /// The checkpoint it goes on from.
+    #[n(2)]
+    pub resumed_from: Option<Held>,
+    /// From the request to the running guest.
+    #[n(3)]
+    pub total_us: u64,
+    /// Where the time went.
+    #[n(4)]
+    pub phases: Vec<PhaseTime>,
+    /// The process; absent of a dry run.
+    #[n(5)]
+    pub pid: Option<u32>,
+    /// Its control socket.
+    #[n(6)]
+    pub socket: Option<String>,
+    /// What was or would be done, in words.
+    #[n(7)]
+    pub notes: Vec<String>,
+    /// Nothing was changed.
+    #[n(8)]
+    pub dry_run: bool,
+}

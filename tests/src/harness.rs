@@ -1,0 +1,459 @@
+//! Real agents and real VMs as child processes, in one temporary folder, ended with it.
+//!
+//! Every wait has a deadline and says what it waited for. Only processes started here (or by an agent started here)
+//! are ever signalled, by their id.
+
+use std::fmt::Display;
+use std::fs::File;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+/// How long anything may take before it counts as hung.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+const POLL: Duration = Duration::from_millis(10);
+
+/// Where the binaries are.
+#[derive(Debug, Clone)]
+pub struct Binaries {
+    /// The launch CLI.
+    pub vmm: PathBuf,
+    /// The host agent.
+    pub standby: PathBuf,
+}
+
+impl Binaries {
+    /// Those built with the running program: beside it, or one folder up for a test.
+    ///
+    /// # Errors
+    /// When they are not there, and how to build them.
+    pub fn find() -> Result<Self> {
+        let me = std::env::current_exe().context("find this program")?;
+        for folder in me.ancestors().skip(1).take(2) {
+            let (vmm, standby) = (folder.join("vmm"), folder.join("standby"));
+            if vmm.is_file() && standby.is_file() {
+                return Ok(Self { vmm, standby });
+            }
+        }
+        bail!(
+            "no vmm and standby beside {}: build them with `cargo build --workspace --bins`",
+            me.display()
+        )
+    }
+}
+
+/// Polls until `check` has something, an error at the deadline.
+///
+/// # Errors
+/// What `check` returned, or that `what` did not come within [`PATIENCE`].
+pub fn wait_for<T>(what: impl Display, mut check: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = check()? {
+            return Ok(found);
+        }
+        if Instant::now() > deadline {
+            bail!("{what}: not within {} s", PATIENCE.as_secs());
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+/// Runs a command to its end; its standard output.
+///
+/// # Errors
+/// With what it said, when it does not exit with 0.
+pub fn run(command: &mut Command) -> Result<String> {
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("run {command:?}"))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("{command:?} ended with {}: {}", output.status, said.trim());
+    }
+    String::from_utf8(output.stdout).with_context(|| format!("{command:?} did not print text"))
+}
+
+/// Runs a command that prints JSON.
+///
+/// # Errors
+/// When it fails, or prints something else.
+pub fn run_json(command: &mut Command) -> Result<Value> {
+    let text = run(command)?;
+    serde_json::from_str(&text).with_context(|| format!("{command:?} printed no JSON: {text}"))
+}
+
+/// A port nobody listens on just now.
+fn free_port() -> Result<u16> {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).context("find a free port")?;
+    Ok(listener.local_addr()?.port())
+}
+
+fn signal(pid: u32, signal: Signal) -> Result<()> {
+    let pid = i32::try_from(pid)
+        .ok()
+        .and_then(Pid::from_raw)
+        .ok_or_else(|| anyhow!("{pid} is no process id"))?;
+    kill_process(pid, signal).with_context(|| format!("send {signal:?} to process {}", pid.as_raw_nonzero()))
+}
+
+/// A standby agent.
+#[derive(Debug)]
+pub struct Agent {
+    /// Its node name.
+    pub name: String,
+    /// Where it listens.
+    pub address: String,
+    /// Its data folder.
+    pub data: PathBuf,
+    child: Option<Child>,
+    arguments: Vec<String>,
+}
+
+/// A VM process.
+#[derive(Debug)]
+pub struct Machine {
+    /// The VM's name.
+    pub name: String,
+    /// Where its control socket is.
+    pub run_dir: PathBuf,
+    /// Its console's output.
+    pub console: PathBuf,
+    /// Its process.
+    pub pid: u32,
+    child: Option<Child>,
+}
+
+/// Agents and VMs in a folder.
+#[derive(Debug)]
+pub struct Cluster {
+    /// The binaries.
+    pub binaries: Binaries,
+    folder: PathBuf,
+    keep: bool,
+    /// The agents, in the order they were started.
+    pub agents: Vec<Agent>,
+    machines: Vec<Machine>,
+}
+
+impl Cluster {
+    /// An empty one below `folder`, which is made; with `keep` everything goes on when this is dropped.
+    ///
+    /// # Errors
+    /// When the folder cannot be made or the binaries are not there.
+    pub fn new(folder: &Path, keep: bool) -> Result<Self> {
+        std::fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
+        guest_images::write_all(folder)
+            .with_context(|| format!("write the guests to {}", folder.display()))?;
+        Ok(Self {
+            binaries: Binaries::find()?,
+            folder: folder.to_owned(),
+            keep,
+            agents: Vec::new(),
+            machines: Vec::new(),
+        })
+    }
+
+    /// A guest's kernel.
+    #[must_use]
+    pub fn guest(&self, name: &str) -> PathBuf {
+        self.folder.join(format!("{name}.elf"))
+    }
+
+    /// Starts an agent; the first keeps the registry.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn start_agent(&mut self, name: &str, more: &[&str]) -> Result<usize> {
+        let address = format!("127.0.0.1:{}", free_port()?);
+        let data = self.folder.join(name);
+        let registry = self
+            .agents
+            .first()
+            .map_or_else(|| "embedded".to_owned(), |a| a.address.clone());
+        let mut arguments: Vec<String> = [
+            "serve",
+            "--listen",
+            &address,
+            "--name",
+            name,
+            "--registry",
+            &registry,
+        ]
+        .map(str::to_owned)
+        .into();
+        arguments.extend(["--data".into(), data.display().to_string()]);
+        arguments.extend(["--run-dir".into(), data.join("run").display().to_string()]);
+        arguments.extend(["--vmm".into(), self.binaries.vmm.display().to_string()]);
+        arguments.extend(more.iter().map(|&a| a.to_owned()));
+        std::fs::create_dir_all(&data)?;
+        self.agents.push(Agent {
+            name: name.into(),
+            address,
+            data,
+            child: None,
+            arguments,
+        });
+        let index = self.agents.len() - 1;
+        self.restart_agent(index)?;
+        Ok(index)
+    }
+
+    /// Starts an agent again with the data it has, and waits until it answers.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn restart_agent(&mut self, index: usize) -> Result<()> {
+        let standby = self.binaries.standby.clone();
+        let agent = &mut self.agents[index];
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(agent.data.join("agent.log"))?;
+        let child = Command::new(standby)
+            .args(&agent.arguments)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("start `standby serve`")?;
+        agent.child = Some(child);
+        let address = agent.address.clone();
+        wait_for(format!("agent {address} to listen"), || {
+            if let Some(status) = self.agents[index]
+                .child
+                .as_mut()
+                .and_then(|c| c.try_wait().transpose())
+            {
+                let log =
+                    std::fs::read_to_string(self.agents[index].data.join("agent.log")).unwrap_or_default();
+                bail!("the agent ended with {}: {log}", status?);
+            }
+            Ok(std::net::TcpStream::connect(&address).ok())
+        })?;
+        Ok(())
+    }
+
+    /// SIGKILLs an agent.
+    ///
+    /// # Errors
+    /// When it is not running.
+    pub fn kill_agent(&mut self, index: usize) -> Result<()> {
+        let child = self.agents[index].child.take();
+        kill(child.ok_or_else(|| anyhow!("agent {index} is not running"))?)
+    }
+
+    /// The processes of the agents that run.
+    #[must_use]
+    pub fn agent_pids(&self) -> Vec<String> {
+        self.agents
+            .iter()
+            .flat_map(|a| &a.child)
+            .map(|child| child.id().to_string())
+            .collect()
+    }
+
+    /// `standby` speaking to an agent.
+    #[must_use]
+    pub fn standby(&self, agent: usize) -> Command {
+        let mut command = Command::new(&self.binaries.standby);
+        command.args(["--agent", &self.agents[agent].address]);
+        command
+    }
+
+    /// `vmm`, with a run folder of this cluster.
+    #[must_use]
+    pub fn vmm(&self, command: &str, run_dir: &Path) -> Command {
+        let mut vmm = Command::new(&self.binaries.vmm);
+        vmm.arg(command).arg("--run-dir").arg(run_dir);
+        vmm
+    }
+
+    /// Where VMs launched by [`Cluster::launch`] have their sockets.
+    #[must_use]
+    pub fn run_dir(&self) -> PathBuf {
+        self.folder.join("run")
+    }
+
+    /// Launches a guest with `vmm run`, and waits until its control socket answers.
+    ///
+    /// # Errors
+    /// With what it said, when it does not.
+    pub fn launch(&mut self, name: &str, guest: &str, cmdline: &str, more: &[&str]) -> Result<Machine> {
+        let run_dir = self.run_dir();
+        let console = self.folder.join(format!("{name}.console"));
+        let said = self.folder.join(format!("{name}.log"));
+        let mut child = self
+            .vmm("run", &run_dir)
+            .args(["--name", name, "--cmdline", cmdline])
+            .arg("--kernel")
+            .arg(self.guest(guest))
+            .arg("--store")
+            .arg(self.folder.join("vms").join(name))
+            .args(more)
+            .stdin(Stdio::null())
+            .stdout(File::create(&console)?)
+            .stderr(File::create(&said)?)
+            .spawn()
+            .context("start `vmm run`")?;
+        let pid = child.id();
+        wait_for(format!("VM {name} to answer"), || {
+            if let Some(status) = child.try_wait()? {
+                bail!(
+                    "`vmm run` ended with {status}: {}",
+                    std::fs::read_to_string(&said)?.trim()
+                );
+            }
+            Ok(self.status(name, &run_dir).ok())
+        })?;
+        Ok(Machine {
+            name: name.into(),
+            run_dir,
+            console,
+            pid,
+            child: Some(child),
+        })
+    }
+
+    /// A VM that an agent started, to be ended with this cluster.
+    #[must_use]
+    pub fn adopt(&self, name: &str, agent: usize, pid: u32) -> Machine {
+        let data = &self.agents[agent].data;
+        let console = data.join("vmm").join(format!("{name}.console"));
+        Machine {
+            name: name.into(),
+            run_dir: data.join("run"),
+            console,
+            pid,
+            child: None,
+        }
+    }
+
+    /// Ends a VM when the cluster is dropped.
+    pub fn own(&mut self, machine: Machine) {
+        self.machines.push(machine);
+    }
+
+    /// What `vmm inspect` says of a running VM.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn status(&self, name: &str, run_dir: &Path) -> Result<Value> {
+        run_json(self.vmm("inspect", run_dir).args(["--json", name]))
+    }
+}
+
+impl Machine {
+    /// The console's text so far.
+    ///
+    /// # Errors
+    /// When its file cannot be read.
+    pub fn console(&self) -> Result<String> {
+        let bytes =
+            std::fs::read(&self.console).with_context(|| format!("read {}", self.console.display()))?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// SIGKILLs it: its host is gone.
+    ///
+    /// # Errors
+    /// When it is not running.
+    pub fn kill(&mut self) -> Result<()> {
+        match self.child.take() {
+            Some(child) => kill(child),
+            None => signal(self.pid, Signal::KILL),
+        }
+    }
+
+    /// Waits for its process to end.
+    ///
+    /// # Errors
+    /// When it was not launched here, or does not end.
+    pub fn wait(&mut self) -> Result<std::process::ExitStatus> {
+        let child = self
+            .child
+            .as_mut()
+            .ok_or_else(|| anyhow!("{} was not launched here", self.name))?;
+        wait_for(format!("VM {} to end", self.name), || Ok(child.try_wait()?))
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if let Some(child) = self.child.take() {
+            let _ = kill(child);
+        }
+    }
+}
+
+fn kill(mut child: Child) -> Result<()> {
+    child.kill().context("kill a child process")?;
+    child.wait().context("wait for a child process")?;
+    Ok(())
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if self.keep {
+            for machine in &mut self.machines {
+                // Forgotten, not ended.
+                machine.child = None;
+            }
+            return;
+        }
+        for machine in &mut self.machines {
+            // It may have ended by itself.
+            let _ = machine.kill();
+        }
+        for agent in &mut self.agents {
+            if let Some(child) = agent.child.take() {
+                let _ = kill(child);
+            }
+        }
+    }
+}
+
+/// A counter of `churn`'s newest whole heartbeat, `name=N`.
+#[must_use]
+pub fn counter(console: &str, name: &str) -> Option<u64> {
+    beats(console).next_back().and_then(|line| value(line, name))
+}
+
+/// A counter of `churn`'s first whole heartbeat.
+#[must_use]
+pub fn first_counter(console: &str, name: &str) -> Option<u64> {
+    beats(console).next().and_then(|line| value(line, name))
+}
+
+fn beats(console: &str) -> impl DoubleEndedIterator<Item = &str> {
+    let whole = console.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    // The first line of a restored guest's console may be the rest of one that began before.
+    whole
+        .lines()
+        .map(str::trim)
+        .filter(|line| line.starts_with("churn beat=") && line.contains(" up_ms="))
+}
+
+fn value(line: &str, name: &str) -> Option<u64> {
+    line.split(' ')
+        .find_map(|word| word.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_are_read_from_whole_heartbeats_only() {
+        let console = "s=9 up_ms=3\nchurn beat=1 writes=10 bad=0 up_ms=5\r\nchurn beat=2 writes=20 bad=0 up_ms=9\nchurn beat=3 wri";
+        assert_eq!(counter(console, "writes"), Some(20));
+        assert_eq!(first_counter(console, "writes"), Some(10));
+        assert_eq!(counter("churn beat=1 writes=1", "writes"), None);
+    }
+}

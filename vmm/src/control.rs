@@ -1,0 +1,490 @@
+//! The owner of a machine: one thread that holds the [`Vm`] and does what it is told, one thing after the other.
+//!
+//! ```text
+//! control API --+
+//! checkpoints --+--> Command --> owner thread (Vm) --> RunState (watched by all)
+//! vCPU threads -+
+//! ```
+//!
+//! Nobody else touches the machine, so no lock is needed around it, and a pause, a checkpoint and a guest that ends
+//! cannot overlap.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{oneshot, watch};
+
+use crate::bus::Bus;
+use crate::memory::{GuestRam, PAGE_BYTES};
+use crate::outbox::Outbox;
+use crate::vcpu::GuestEnd;
+use crate::vm::{Ended, MachineConfig, MachineState, Vm, VmError};
+
+/// What a machine is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RunState {
+    /// It stands still and can go on.
+    Paused,
+    /// It runs.
+    Running,
+    /// Another host may run this VM now; it stands still and can never go on here.
+    Fenced {
+        /// Who refused us, and the generation they named.
+        reason: String,
+    },
+    /// The guest ended of itself.
+    Ended(GuestEnd),
+    /// It was stopped and is gone.
+    Stopped,
+}
+
+impl RunState {
+    /// In one word, as `vmm ps` shows it.
+    #[must_use]
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Paused => "paused",
+            Self::Running => "running",
+            Self::Fenced { .. } => "fenced",
+            Self::Ended(GuestEnd::Reset) => "ended",
+            Self::Ended(GuestEnd::TripleFault | GuestEnd::Failed(_)) => "failed",
+            Self::Stopped => "stopped",
+        }
+    }
+
+    /// Why, where there is more to say.
+    #[must_use]
+    pub fn reason(&self) -> Option<String> {
+        match self {
+            Self::Paused | Self::Running | Self::Stopped => None,
+            Self::Fenced { reason } => Some(reason.clone()),
+            Self::Ended(GuestEnd::Reset) => Some("the guest reset or switched itself off".into()),
+            Self::Ended(GuestEnd::TripleFault) => {
+                Some("the guest faulted with no way on (triple fault)".into())
+            }
+            Self::Ended(GuestEnd::Failed(why)) => Some(why.clone()),
+        }
+    }
+
+    /// Whether the guest can never run again in this process.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Ended(_) | Self::Stopped)
+    }
+}
+
+/// Why a command was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Not in this state.
+    #[error("cannot {command} a VM that is {state}{}", reason.as_deref().map(|r| format!(" ({r})")).unwrap_or_default())]
+    State {
+        /// What was asked.
+        command: &'static str,
+        /// The state's word.
+        state: &'static str,
+        /// The state's reason.
+        reason: Option<String>,
+    },
+    /// It failed.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// A buffer for the pages could not be had.
+    #[error("{0}")]
+    Memory(String),
+    /// The owner's thread is gone.
+    #[error("the VM is gone")]
+    Gone,
+}
+
+/// The last stop of a capture: what the guest was at that instant.
+#[derive(Debug)]
+pub struct Stopped {
+    /// Everything but the memory.
+    pub state: MachineState,
+    /// Pages that changed since the set was last taken, ascending.
+    pub pages: Vec<u64>,
+    /// Their bytes, back to back.
+    pub bytes: Vec<u8>,
+    /// When the guest was stopped, in nanoseconds since 1970.
+    pub unix_ns: u64,
+    /// How long it stood still.
+    pub stopped: Duration,
+}
+
+type Reply<T> = oneshot::Sender<Result<T, ControlError>>;
+
+enum Command {
+    Pause(Reply<()>),
+    Resume(Reply<()>),
+    Fence(String, Reply<()>),
+    Stop(Reply<()>),
+    /// Log writes from now on; true when they already were.
+    StartLogging(Reply<bool>),
+    /// The dirty set, with the guest running.
+    TakeDirty(Reply<Vec<u64>>),
+    /// Stop, save, take the dirty set, copy its pages into the buffers given, go on.
+    StopAndCopy(Buffers, Reply<Stopped>),
+    PutBack(Vec<Range<u64>>),
+    Ended(u8, GuestEnd),
+}
+
+/// Room for a delta, used again and again: fresh memory costs microseconds a page at its first touch.
+#[derive(Debug, Default)]
+pub struct Buffers {
+    /// Page numbers.
+    pub pages: Vec<u64>,
+    /// Page contents.
+    pub bytes: Vec<u8>,
+}
+
+/// A handle to a machine's owner. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct VmHandle {
+    commands: Sender<Command>,
+    state: watch::Receiver<RunState>,
+    config: MachineConfig,
+    ram: Arc<GuestRam>,
+    bus: Arc<Bus>,
+    outbox: Outbox,
+}
+
+impl std::fmt::Debug for Command {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Command")
+    }
+}
+
+impl VmHandle {
+    /// Gives a machine that `make` builds an owner. The machine does not run yet.
+    ///
+    /// # Errors
+    /// What `make` returned, or that the thread could not be started.
+    pub fn start(make: impl FnOnce(&Outbox, &Ended) -> Result<Vm, VmError>) -> Result<Self, VmError> {
+        let (commands, inbox) = channel();
+        let (publish, state) = watch::channel(RunState::Paused);
+        let outbox = Outbox::default();
+        let to_owner = commands.clone();
+        let ended: Ended = Arc::new(move |id, end| {
+            // An owner that is gone needs not be told.
+            let _ = to_owner.send(Command::Ended(id, end));
+        });
+        let vm = make(&outbox, &ended)?;
+        let handle = Self {
+            commands,
+            state,
+            config: vm.config(),
+            ram: Arc::clone(vm.ram()),
+            bus: Arc::clone(vm.bus()),
+            outbox: outbox.clone(),
+        };
+        std::thread::Builder::new()
+            .name("vm".into())
+            .spawn(move || {
+                Owner {
+                    vm: Some(vm),
+                    publish,
+                    outbox,
+                }
+                .serve(&inbox)
+            })
+            .map_err(|source| crate::vcpu::VcpuError::Thread { id: 0, source })?;
+        Ok(handle)
+    }
+
+    /// What the machine is doing, to look at or wait for.
+    #[must_use]
+    pub fn state(&self) -> watch::Receiver<RunState> {
+        self.state.clone()
+    }
+
+    /// Its size.
+    #[must_use]
+    pub fn config(&self) -> MachineConfig {
+        self.config
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// What it says.
+    #[must_use]
+    pub fn outbox(&self) -> &Outbox {
+        &self.outbox
+    }
+
+    /// Types into its console; returns how many bytes the serial port took.
+    #[must_use]
+    pub fn input(&self, bytes: &[u8]) -> usize {
+        self.bus.serial().input(bytes)
+    }
+
+    fn send<T>(
+        &self,
+        command: impl FnOnce(Reply<T>) -> Command,
+    ) -> oneshot::Receiver<Result<T, ControlError>> {
+        let (reply, answer) = oneshot::channel();
+        // If the owner is gone, the reply end is dropped with the command and the answer says so.
+        let _ = self.commands.send(command(reply));
+        answer
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, ControlError> {
+        self.send(command).await.map_err(|_| ControlError::Gone)?
+    }
+
+    fn ask_blocking<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, ControlError> {
+        self.send(command)
+            .blocking_recv()
+            .map_err(|_| ControlError::Gone)?
+    }
+
+    /// Stops the guest; fine if it already stands still.
+    ///
+    /// # Errors
+    /// [`ControlError::State`] when it has ended.
+    pub async fn pause(&self) -> Result<(), ControlError> {
+        self.ask(Command::Pause).await
+    }
+
+    /// Lets the guest run; fine if it does.
+    ///
+    /// # Errors
+    /// [`ControlError::State`] when it is fenced or has ended.
+    pub async fn resume(&self) -> Result<(), ControlError> {
+        self.ask(Command::Resume).await
+    }
+
+    /// Ends the machine.
+    ///
+    /// # Errors
+    /// [`ControlError::Gone`] when it already has.
+    pub async fn stop(&self) -> Result<(), ControlError> {
+        self.ask(Command::Stop).await
+    }
+
+    /// Stops the guest for good: another host may run this VM. Blocks until it stands still.
+    ///
+    /// # Errors
+    /// [`ControlError`] when it could not be stopped.
+    pub fn fence(&self, reason: &str) -> Result<(), ControlError> {
+        self.ask_blocking(|reply| Command::Fence(reason.to_owned(), reply))
+    }
+
+    /// Logs writes from now on, so that a delta on the state as it is now can be taken.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn log_from_now(&self) -> Result<(), ControlError> {
+        self.ask(Command::StartLogging).await.map(drop)
+    }
+
+    pub(crate) fn start_logging(&self) -> Result<bool, ControlError> {
+        self.ask_blocking(Command::StartLogging)
+    }
+
+    pub(crate) fn take_dirty(&self) -> Result<Vec<u64>, ControlError> {
+        self.ask_blocking(Command::TakeDirty)
+    }
+
+    pub(crate) fn stop_and_copy(&self, buffers: Buffers) -> Result<Stopped, ControlError> {
+        self.ask_blocking(|reply| Command::StopAndCopy(buffers, reply))
+    }
+
+    pub(crate) fn put_back(&self, pages: Vec<Range<u64>>) {
+        let _ = self.commands.send(Command::PutBack(pages));
+    }
+}
+
+struct Owner {
+    vm: Option<Vm>,
+    publish: watch::Sender<RunState>,
+    outbox: Outbox,
+}
+
+impl Owner {
+    fn serve(mut self, inbox: &Receiver<Command>) {
+        while let Ok(command) = inbox.recv() {
+            match command {
+                Command::Pause(reply) => answer(reply, self.pause()),
+                Command::Resume(reply) => answer(reply, self.resume()),
+                Command::Fence(reason, reply) => answer(reply, self.fence(reason)),
+                Command::Stop(reply) => {
+                    self.vm = None;
+                    self.become_state(RunState::Stopped);
+                    self.outbox.close();
+                    answer(reply, Ok(()));
+                    return;
+                }
+                Command::StartLogging(reply) => answer(reply, self.start_logging()),
+                Command::TakeDirty(reply) => answer(reply, self.take_dirty()),
+                Command::StopAndCopy(buffers, reply) => {
+                    let result = self.stop_and_copy(buffers);
+                    if let Err(Ok(lost)) = reply.send(result).map_err(|unsent| unsent.map(|s| s.pages)) {
+                        // The asker is gone: its set is not forgotten.
+                        self.put_back(lost.into_iter());
+                    }
+                }
+                Command::PutBack(ranges) => self.put_back(ranges.into_iter().flatten()),
+                Command::Ended(id, end) => self.guest_ended(id, end),
+            }
+        }
+    }
+
+    fn become_state(&self, state: RunState) {
+        self.publish.send_replace(state);
+    }
+
+    fn refuse<T>(&self, command: &'static str) -> Result<T, ControlError> {
+        let state = self.publish.borrow();
+        Err(ControlError::State {
+            command,
+            state: state.word(),
+            reason: state.reason(),
+        })
+    }
+
+    /// The machine, if the guest can still run.
+    fn live(&mut self, command: &'static str) -> Result<&mut Vm, ControlError> {
+        if self.publish.borrow().is_final() || self.vm.is_none() {
+            return self.refuse(command);
+        }
+        self.vm.as_mut().ok_or(ControlError::Gone)
+    }
+
+    fn pause(&mut self) -> Result<(), ControlError> {
+        let vm = self.live("pause")?;
+        if vm.running() {
+            // Dropped at once: stopped it stays.
+            let _ = vm.pause()?;
+            self.become_state(RunState::Paused);
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), ControlError> {
+        if matches!(*self.publish.borrow(), RunState::Fenced { .. }) {
+            return self.refuse("resume");
+        }
+        let vm = self.live("resume")?;
+        if !vm.running() {
+            vm.pause()?.resume();
+            self.become_state(RunState::Running);
+        }
+        Ok(())
+    }
+
+    fn fence(&mut self, reason: String) -> Result<(), ControlError> {
+        let vm = self.live("fence")?;
+        let stopped = vm.pause().map(drop);
+        // Said even if a vCPU is stuck: it must never be resumed.
+        self.become_state(RunState::Fenced { reason });
+        Ok(stopped?)
+    }
+
+    fn start_logging(&mut self) -> Result<bool, ControlError> {
+        let vm = self.live("checkpoint")?;
+        let already = vm.logging();
+        vm.start_logging()?;
+        Ok(already)
+    }
+
+    fn take_dirty(&mut self) -> Result<Vec<u64>, ControlError> {
+        let mut pages = Vec::new();
+        self.live("checkpoint")?.take_dirty(|page| pages.push(page))?;
+        Ok(pages)
+    }
+
+    fn put_back(&mut self, pages: impl Iterator<Item = u64>) {
+        if let Some(vm) = &mut self.vm {
+            vm.put_back(pages);
+        }
+    }
+
+    /// The short stop. On failure after the dirty set was taken, it is put back; a guest that ran, runs on.
+    fn stop_and_copy(&mut self, buffers: Buffers) -> Result<Stopped, ControlError> {
+        if matches!(*self.publish.borrow(), RunState::Fenced { .. }) {
+            return self.refuse("checkpoint");
+        }
+        let vm = self.live("checkpoint")?;
+        let was_running = vm.running();
+        let unix_ns = jiff::Timestamp::now().as_nanosecond().try_into().unwrap_or(0);
+        let start = Instant::now();
+        let mut paused = vm.pause()?;
+        let result = capture(&mut paused, buffers);
+        if was_running {
+            paused.resume();
+        }
+        let stopped = start.elapsed();
+        let (state, pages, bytes) = result?;
+        Ok(Stopped {
+            state,
+            pages,
+            bytes,
+            unix_ns,
+            stopped,
+        })
+    }
+
+    fn guest_ended(&mut self, id: u8, end: GuestEnd) {
+        let Some(vm) = self.vm.as_mut().filter(|_| !self.publish.borrow().is_final()) else {
+            return;
+        };
+        // The other vCPUs have nothing left to run for.
+        if let Err(error) = vm.pause().map(drop) {
+            tracing::error!(%error, "stop the other vCPUs after the guest ended");
+        }
+        match &end {
+            GuestEnd::Reset => tracing::info!(vcpu = id, "the guest reset or switched itself off"),
+            GuestEnd::TripleFault => {
+                tracing::error!(vcpu = id, "the guest faulted with no way on (triple fault)")
+            }
+            GuestEnd::Failed(why) => tracing::error!(vcpu = id, %why, "the guest cannot go on"),
+        }
+        // A VM that another host may run stays fenced.
+        if !matches!(*self.publish.borrow(), RunState::Fenced { .. }) {
+            self.become_state(RunState::Ended(end));
+        }
+        self.outbox.close();
+    }
+}
+
+fn answer<T>(reply: Reply<T>, result: Result<T, ControlError>) {
+    // An asker that has gone away does not want the answer.
+    let _ = reply.send(result);
+}
+
+type Capture = (MachineState, Vec<u64>, Vec<u8>);
+
+fn capture(paused: &mut crate::vm::Paused<'_>, mut buffers: Buffers) -> Result<Capture, ControlError> {
+    let state = paused.save()?;
+    let vm = paused.vm();
+    // Trap 12: after the state was saved: saving devices writes guest memory.
+    let pages = &mut buffers.pages;
+    pages.clear();
+    vm.take_dirty(|page| pages.push(page))?;
+    let length = pages.len() * PAGE_BYTES;
+    if let Err(error) = buffers
+        .bytes
+        .try_reserve(length.saturating_sub(buffers.bytes.len()))
+    {
+        vm.put_back(buffers.pages.into_iter());
+        return Err(ControlError::Memory(format!(
+            "no memory for {length} bytes of changed pages: {error}"
+        )));
+    }
+    buffers.bytes.resize(length, 0);
+    for (&page, to) in buffers
+        .pages
+        .iter()
+        .zip(buffers.bytes.chunks_exact_mut(PAGE_BYTES))
+    {
+        vm.ram().read_pages(page, to);
+    }
+    Ok((state, buffers.pages, buffers.bytes))
+}

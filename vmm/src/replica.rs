@@ -1,0 +1,252 @@
+//! The machine as `migrate` sees it: a [`Source`] of checkpoints and a [`Target`] of loaded pages.
+//!
+//! A delta stops the guest for the state and a copy of the changed pages. A *full* checkpoint stops it no longer:
+//!
+//! ```text
+//! guest runs   copy all populated pages to a shadow
+//!              copy what changed meanwhile, again and again, while that shrinks
+//! guest stops  save the state, copy the last changes      <- the same short stop as a delta
+//! guest runs   encode from the shadow
+//! ```
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use migrate::checkpoint::{CaptureKind, Captured, CapturedPages, PageBytes, Source, SourceError};
+use migrate::load::{Target, TargetError};
+use segment::{CheckpointId, PageIndex, Space, SpaceId};
+
+use crate::control::{Buffers, ControlError, VmHandle};
+use crate::memory::{GuestRam, PAGE_BYTES, Shadow};
+use crate::state;
+
+/// The name of address space 0.
+pub const MEMORY_SPACE: &str = "memory";
+/// A round of copying that leaves fewer pages than this ends the rounds: one more costs as much as it saves.
+const SMALL_ROUND: usize = 256;
+/// A guest that writes faster than it can be copied ends the rounds too.
+const MAX_ROUNDS: usize = 8;
+
+/// Address space 0 of a guest with this RAM.
+#[must_use]
+pub fn memory_space(ram: &GuestRam) -> Space {
+    Space {
+        id: SpaceId::MEMORY,
+        name: MEMORY_SPACE.into(),
+        page_bytes: PAGE_BYTES as u32,
+        pages: ram.pages(),
+    }
+}
+
+/// Checkpoints of a machine.
+#[derive(Debug)]
+pub struct VmSource {
+    vm: VmHandle,
+    /// Buffers come back when a stored capture is dropped, on whatever thread that is; held for a swap.
+    spare: Arc<Mutex<Buffers>>,
+}
+
+impl VmSource {
+    /// Checkpoints of `vm`.
+    #[must_use]
+    pub fn new(vm: VmHandle) -> Self {
+        Self {
+            vm,
+            spare: Arc::default(),
+        }
+    }
+
+    fn buffers(&self) -> Buffers {
+        std::mem::take(&mut *self.spare.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn delta(&self) -> Result<Captured, ControlError> {
+        let stopped = self.vm.stop_and_copy(self.buffers())?;
+        let pages: Vec<PageIndex> = stopped.pages.iter().copied().map(PageIndex).collect();
+        let data = Lent {
+            buffers: Buffers {
+                pages: stopped.pages,
+                bytes: stopped.bytes,
+            },
+            home: Arc::clone(&self.spare),
+        };
+        Ok(Captured {
+            checkpoint: new_checkpoint_id()?,
+            created_unix_ns: stopped.unix_ns,
+            full: false,
+            records: state::to_records(&stopped.state),
+            spaces: vec![CapturedPages {
+                space: memory_space(self.vm.ram()),
+                pages,
+                data: PageBytes::new(data),
+            }],
+            stopped: stopped.stopped,
+        })
+    }
+
+    fn full(&self) -> Result<Captured, ControlError> {
+        let ram = Arc::clone(self.vm.ram());
+        self.vm.start_logging()?;
+        // What is dirty now is covered by the copy of everything; taken first, so that the rounds see only what
+        // changes from here on.
+        let mut taken = Taken {
+            vm: &self.vm,
+            pages: vec![0..ram.pages()],
+            armed: true,
+        };
+        self.vm.take_dirty()?;
+        let mut shadow = Shadow::new(&ram).map_err(|e| ControlError::Memory(e.to_string()))?;
+        let populated = ram
+            .populated()
+            .map_err(|e| ControlError::Memory(format!("find the guest's pages: {e}")))?;
+        for run in &populated {
+            shadow.copy(&ram, run.clone());
+        }
+        let mut pages = PageSet::new(ram.pages());
+        populated
+            .into_iter()
+            .flatten()
+            .for_each(|page| pages.insert(page));
+        let mut last = usize::MAX;
+        for _ in 0..MAX_ROUNDS {
+            let dirty = self.vm.take_dirty()?;
+            for &page in &dirty {
+                shadow.copy(&ram, page..page + 1);
+                pages.insert(page);
+            }
+            if dirty.len() < SMALL_ROUND || dirty.len() >= last {
+                break;
+            }
+            last = dirty.len();
+        }
+        let stopped = self.vm.stop_and_copy(self.buffers())?;
+        for (&page, bytes) in stopped.pages.iter().zip(stopped.bytes.chunks_exact(PAGE_BYTES)) {
+            shadow.write(page, bytes);
+            pages.insert(page);
+        }
+        // From here on the capture carries the set, and `put_back` returns it.
+        taken.armed = false;
+        *self.spare.lock().unwrap_or_else(PoisonError::into_inner) = Buffers {
+            pages: stopped.pages,
+            bytes: stopped.bytes,
+        };
+        Ok(Captured {
+            checkpoint: new_checkpoint_id()?,
+            created_unix_ns: stopped.unix_ns,
+            full: true,
+            records: state::to_records(&stopped.state),
+            spaces: vec![CapturedPages {
+                space: memory_space(&ram),
+                pages: pages.into_ascending(),
+                data: PageBytes::sparse(shadow),
+            }],
+            stopped: stopped.stopped,
+        })
+    }
+}
+
+/// Rule 4 for a full capture that fails on the way: every page counts as changed again.
+struct Taken<'a> {
+    vm: &'a VmHandle,
+    pages: Vec<std::ops::Range<u64>>,
+    armed: bool,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        if self.armed {
+            self.vm.put_back(std::mem::take(&mut self.pages));
+        }
+    }
+}
+
+/// A set of pages.
+struct PageSet(Vec<u64>);
+
+impl PageSet {
+    fn new(pages: u64) -> Self {
+        Self(vec![0; pages.div_ceil(64) as usize])
+    }
+
+    fn insert(&mut self, page: u64) {
+        self.0[(page / 64) as usize] |= 1 << (page % 64);
+    }
+
+    fn into_ascending(self) -> Vec<PageIndex> {
+        let count: u32 = self.0.iter().map(|word| word.count_ones()).sum();
+        let mut pages = Vec::with_capacity(count as usize);
+        for (index, mut bits) in self.0.into_iter().enumerate() {
+            while bits != 0 {
+                pages.push(PageIndex(index as u64 * 64 + u64::from(bits.trailing_zeros())));
+                bits &= bits - 1;
+            }
+        }
+        pages
+    }
+}
+
+/// A delta's buffers, on loan to a capture.
+struct Lent {
+    buffers: Buffers,
+    home: Arc<Mutex<Buffers>>,
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        &self.buffers.bytes
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        *self.home.lock().unwrap_or_else(PoisonError::into_inner) = std::mem::take(&mut self.buffers);
+    }
+}
+
+/// 16 bytes from the kernel's random source.
+fn new_checkpoint_id() -> Result<CheckpointId, ControlError> {
+    let mut id = [0; 16];
+    match rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty()) {
+        Ok(16) => Ok(CheckpointId(id)),
+        Ok(_) => Err(ControlError::Memory(
+            "the kernel gave too few random bytes".into(),
+        )),
+        Err(error) => Err(ControlError::Memory(format!("draw a checkpoint id: {error}"))),
+    }
+}
+
+impl Source for VmSource {
+    fn capture(&mut self, kind: CaptureKind) -> Result<Captured, SourceError> {
+        match kind {
+            CaptureKind::Full => self.full(),
+            CaptureKind::Delta => self.delta(),
+        }
+        .map_err(SourceError::new)
+    }
+
+    fn put_back(&mut self, captured: &Captured) {
+        let pages = captured.spaces.iter().flat_map(|space| &space.pages);
+        self.vm.put_back(pages.map(|page| page.0..page.0 + 1).collect());
+    }
+
+    fn fence(&mut self, reason: &str) {
+        if let Err(error) = self.vm.fence(reason) {
+            tracing::error!(%error, reason, "fence the guest");
+        }
+    }
+}
+
+/// The memory of a machine that is being restored.
+#[derive(Debug)]
+pub struct RamTarget<'a>(pub &'a GuestRam);
+
+impl Target for RamTarget<'_> {
+    fn write(&self, space: SpaceId, first: PageIndex, data: &[u8]) -> Result<(), TargetError> {
+        if space != SpaceId::MEMORY {
+            return Err(TargetError::new(format!(
+                "this VM has no address space {}",
+                space.0
+            )));
+        }
+        self.0.write_pages(first.0, data).map_err(TargetError::new)
+    }
+}

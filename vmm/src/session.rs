@@ -1,0 +1,584 @@
+//! A VM in this process, whole: the machine, its name and generation, its local store, and its protection.
+//!
+//! ```text
+//! VmHandle (owner thread) <--- protect thread: Protector<VmSource> ---> local store (spool) ---> Shipper ---> holders
+//!                                  ^ every / on request                                            |
+//!                                  +------------------- Fenced, NeedFull, Committed ---------------+
+//! ```
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use migrate::load::LoadPlan;
+use migrate::protect::{CheckpointRequest, Parent, ProtectOptions, Protector};
+use migrate::registry::VmState;
+use migrate::shipper::{Shipper, ShipperConfig};
+use migrate::spool::Spool;
+use migrate::store::{Durability, FsStore};
+use segment::{Generation, SegmentName, VmId};
+use tokio::sync::mpsc;
+
+use crate::boot::BootSource;
+use crate::control::{RunState, VmHandle};
+use crate::replica::{RamTarget, VmSource};
+use crate::state;
+use crate::vm::{MachineConfig, Vm};
+use checkpoints::{Checkpoints, Progress};
+use follower::Follower;
+use ownership::Ownership;
+
+mod checkpoints;
+mod error;
+mod follower;
+mod ownership;
+mod report;
+
+pub use error::{SessionError, chain};
+pub use report::{CheckpointReport, HolderReport, Protection, ProtectionStatus, SessionStatus};
+
+/// What a session is made with.
+#[derive(Debug, Clone)]
+pub struct SessionConfig {
+    /// The VM's id in the cluster.
+    pub name: VmId,
+    /// Where its checkpoints are kept on this host.
+    pub store: PathBuf,
+    /// The most bytes they may take.
+    pub store_budget: Option<u64>,
+    /// Protection from the start.
+    pub protection: Option<Protection>,
+    /// The generation this process owns; `None` to be given one by the registry (a new VM), or 1 without one.
+    pub generation: Option<Generation>,
+}
+
+/// What a restore starts from.
+#[derive(Debug, Clone)]
+pub enum RestoreFrom {
+    /// A store folder, and which checkpoint in it: the newest complete one of the VM when `None`.
+    Store {
+        /// The folder, of an agent or of a VM's own store.
+        dir: PathBuf,
+        /// The checkpoint.
+        segment: Option<SegmentName>,
+    },
+    /// Segment files that make up a chain.
+    Files(Vec<PathBuf>),
+}
+
+/// A VM in this process.
+#[derive(Debug)]
+pub struct Session {
+    config: SessionConfig,
+    vm: VmHandle,
+    generation: Generation,
+    restored_from: Option<SegmentName>,
+    started: Instant,
+    store: Arc<FsStore>,
+    spool: Arc<Spool>,
+    checkpoints: Checkpoints,
+    /// What the checkpoint thread and the shipper's events report; held for a copy.
+    progress: Arc<Mutex<Progress>>,
+    /// Protection is turned on and off by requests that may overlap, and stopped at the end.
+    guard: tokio::sync::Mutex<Option<Guard>>,
+    /// What `status` shows of the guard, without waiting for a change under way; held for a copy.
+    shown: Mutex<Option<(Protection, usize)>>,
+}
+
+/// Protection that is on.
+#[derive(Debug)]
+struct Guard {
+    ownership: Ownership,
+    /// The registry has been told that the VM runs here.
+    announced: bool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a session is built around.
+struct Origin {
+    vm: VmHandle,
+    store: Arc<FsStore>,
+    ownership: Option<Ownership>,
+    generation: Generation,
+    /// What its first checkpoint may build on.
+    parent: Option<Parent>,
+    restored_from: Option<SegmentName>,
+}
+
+impl Session {
+    /// A new VM, about to execute its kernel's first instruction: [`Session::resume`] starts it.
+    ///
+    /// # Errors
+    /// [`SessionError`]; nothing runs, and nothing is registered unless everything else was fine.
+    pub async fn boot(
+        config: SessionConfig,
+        machine: MachineConfig,
+        source: &BootSource,
+    ) -> Result<Self, SessionError> {
+        let store = open_store(&config)?;
+        // The machine before the registry: a kernel that is none must not leave a VM behind in the cluster.
+        let source = source.clone();
+        let vm = blocking(move || VmHandle::start(|outbox, ended| Vm::boot(machine, &source, outbox, ended)))
+            .await??;
+        let (ownership, generation) = own(&config, &store).await?;
+        Self::new(
+            config,
+            Origin {
+                vm,
+                store,
+                ownership,
+                generation,
+                parent: None,
+                restored_from: None,
+            },
+        )
+    }
+
+    /// A VM from a checkpoint, not running yet.
+    ///
+    /// # Errors
+    /// [`SessionError`]; nothing runs, and the checkpoint is as it was.
+    pub async fn restore(config: SessionConfig, from: RestoreFrom) -> Result<Self, SessionError> {
+        let store = open_store(&config)?;
+        let plan = load_plan(&config, &store, &from)?;
+        let tip = plan.manifest().name.clone();
+        let records = plan.records()?;
+        let saved = state::from_records(&records).map_err(|source| SessionError::State {
+            name: tip.clone(),
+            source,
+        })?;
+        check_space(&plan, saved.config.memory_bytes)?;
+        let manifest = plan.manifest();
+        let parent = Parent {
+            name: tip.clone(),
+            checkpoint: manifest.checkpoint,
+            links: manifest.links,
+        };
+        // The machine before the registry: a host that cannot run the VM must not become its owner.
+        let vm = blocking(move || {
+            VmHandle::start(|outbox, ended| {
+                let load = |ram: &crate::memory::GuestRam| {
+                    plan.load_into(&RamTarget(ram), cores())
+                        .map(drop)
+                        .map_err(Into::into)
+                };
+                Vm::restore(&saved, load, outbox, ended)
+            })
+        })
+        .await??;
+        // Everything written from here on is in the first delta.
+        vm.log_from_now().await?;
+        let (ownership, generation) = own(&config, &store).await?;
+        // A delta on it is of use only to those who have it: holders of the same VM, or this very store.
+        let reachable = tip.vm == config.name && (ownership.is_some() || store.get(&tip).is_some());
+        let parent = reachable.then_some(parent);
+        Self::new(
+            config,
+            Origin {
+                vm,
+                store,
+                ownership,
+                generation,
+                parent,
+                restored_from: Some(tip),
+            },
+        )
+    }
+
+    fn new(config: SessionConfig, origin: Origin) -> Result<Self, SessionError> {
+        let Origin {
+            vm,
+            store,
+            ownership,
+            generation,
+            parent,
+            restored_from,
+        } = origin;
+        let options = ProtectOptions {
+            level: 1,
+            threads: cores(),
+            producer: crate::PRODUCER.into(),
+            max_links: MAX_LINKS,
+            first: parent,
+        };
+        let spool = Spool::new(Arc::clone(&store), config.name.clone(), options.level);
+        let source = VmSource::new(vm.clone());
+        let protector = Protector::new(
+            source,
+            Arc::clone(&store),
+            config.name.clone(),
+            generation,
+            options,
+        );
+        let progress = Arc::default();
+        let checkpoints =
+            Checkpoints::start(protector, vm.clone(), Arc::clone(&spool), Arc::clone(&progress))?;
+        let session = Self {
+            config,
+            vm,
+            generation,
+            restored_from,
+            started: Instant::now(),
+            store,
+            spool,
+            checkpoints,
+            progress,
+            guard: tokio::sync::Mutex::new(None),
+            shown: Mutex::new(None),
+        };
+        if let Some(ownership) = ownership {
+            session.begin_shipping(&ownership);
+            *session.guard.try_lock().map_err(|_| SessionError::Stopping)? = Some(Guard {
+                ownership,
+                announced: false,
+            });
+        }
+        Ok(session)
+    }
+
+    /// Starts to ship, and to take checkpoints at the protection's pace.
+    fn begin_shipping(&self, ownership: &Ownership) {
+        let (events, inbox) = mpsc::unbounded_channel();
+        let quorum = ownership.ack_quorum;
+        let config = ShipperConfig::new(
+            self.config.name.clone(),
+            self.generation,
+            &ownership.owner,
+            ownership.protection.holders.clone(),
+            quorum,
+            Some(ownership.registry.clone()),
+        );
+        let shipper = Shipper::start(
+            &tokio::runtime::Handle::current(),
+            config,
+            Arc::clone(&self.spool),
+            events,
+        );
+        let follower = Follower {
+            vm: self.vm.clone(),
+            name: self.config.name.clone(),
+            generation: self.generation,
+            orders: self.checkpoints.orders(),
+            progress: Arc::clone(&self.progress),
+        };
+        tokio::spawn(follower.follow(inbox));
+        self.checkpoints.ship(Some(shipper));
+        self.checkpoints
+            .every(Some(Duration::from_millis(ownership.protection.every_ms)));
+        *lock(&self.shown) = Some((ownership.protection.clone(), quorum));
+    }
+
+    /// The machine: its state to watch, its outbox, its input.
+    #[must_use]
+    pub fn vm(&self) -> &VmHandle {
+        &self.vm
+    }
+
+    /// The VM's id.
+    #[must_use]
+    pub fn name(&self) -> &VmId {
+        &self.config.name
+    }
+
+    /// The generation this process owns.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// Stops the guest; fine if it already stands still.
+    ///
+    /// # Errors
+    /// [`SessionError::Control`] when it has ended.
+    pub async fn pause(&self) -> Result<(), SessionError> {
+        Ok(self.vm.pause().await?)
+    }
+
+    /// Lets the guest run; fine if it does. A protected VM runs only after the registry has agreed that it runs here.
+    ///
+    /// # Errors
+    /// [`SessionError::Registry`] when another owns the VM or the registry is away, [`SessionError::Control`] when
+    /// the guest is fenced or has ended.
+    pub async fn resume(&self) -> Result<(), SessionError> {
+        if let Some(guard) = self.guard.lock().await.as_mut()
+            && !guard.announced
+        {
+            guard
+                .ownership
+                .announce(self.generation, VmState::Running)
+                .await?;
+            guard.announced = true;
+        }
+        Ok(self.vm.resume().await?)
+    }
+
+    /// Takes a checkpoint now, into the local store (and on to the holders, if there are any).
+    ///
+    /// # Errors
+    /// [`SessionError::Checkpoint`]: the guest is as it was.
+    pub async fn checkpoint(&self, request: CheckpointRequest) -> Result<CheckpointReport, SessionError> {
+        self.checkpoints.take(request).await
+    }
+
+    /// The checkpoints in the local store, oldest first.
+    #[must_use]
+    pub fn stored(&self) -> Vec<migrate::store::Entry> {
+        self.store.entries(&self.config.name)
+    }
+
+    /// The segment files of a checkpoint in the local store, the full one first.
+    ///
+    /// # Errors
+    /// [`SessionError::Chain`] when a link is not here.
+    pub fn chain_files(&self, name: &SegmentName) -> Result<Vec<PathBuf>, SessionError> {
+        let chain = self.store.chain(name).map_err(|source| SessionError::Chain {
+            name: name.clone(),
+            source,
+        })?;
+        Ok(chain
+            .iter()
+            .map(|entry| self.store.segment_path(&entry.name))
+            .collect())
+    }
+
+    /// Turns protection on, or off (`None`).
+    ///
+    /// # Errors
+    /// [`SessionError`]: protection is as it was.
+    pub async fn protect(&self, protection: Option<Protection>) -> Result<(), SessionError> {
+        let mut guard = self.guard.lock().await;
+        match (guard.as_mut(), protection) {
+            (None, None) => {}
+            (Some(on), None) => {
+                self.checkpoints.every(None);
+                if let Some(shipper) = self.checkpoints.ship(None) {
+                    shipper.stop().await;
+                }
+                *lock(&self.shown) = None;
+                // The VM goes on running here, outside the cluster's care: nobody may take it for protected.
+                on.ownership.announce(self.generation, VmState::Stopped).await?;
+                *guard = None;
+            }
+            (Some(on), Some(new)) => {
+                if !on.ownership.same_cluster(&new) {
+                    return Err(SessionError::Protection(
+                        "the holders or the registry of a protected VM cannot be changed in place yet: turn protection \
+                         off (DELETE /protection) and on again"
+                            .into(),
+                    ));
+                }
+                self.checkpoints.every(Some(Duration::from_millis(new.every_ms)));
+                on.ownership.protection.every_ms = new.every_ms;
+                *lock(&self.shown) = Some((on.ownership.protection.clone(), on.ownership.ack_quorum));
+            }
+            (None, Some(new)) => {
+                let mut ownership = Ownership::prepare(&self.config.name, new).await?;
+                // The session's generation is in every checkpoint it has taken, so it cannot change: the registry
+                // must give the very same one.
+                ownership.claim_exactly(self.generation).await?;
+                let running = *self.vm.state().borrow() == RunState::Running;
+                if running {
+                    ownership.announce(self.generation, VmState::Running).await?;
+                }
+                self.begin_shipping(&ownership);
+                *guard = Some(Guard {
+                    ownership,
+                    announced: running,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// What the VM is doing.
+    #[must_use]
+    pub fn status(&self) -> SessionStatus {
+        let state = self.vm.state().borrow().clone();
+        let progress = lock(&self.progress).clone();
+        let shipping = self.checkpoints.shipping();
+        let protection = lock(&self.shown)
+            .clone()
+            .map(|(protection, ack_quorum)| ProtectionStatus {
+                every_ms: protection.every_ms,
+                ack_quorum,
+                registry: protection.registry,
+                holders: shipping
+                    .iter()
+                    .flat_map(|status| &status.holders)
+                    .map(HolderReport::from)
+                    .collect(),
+            });
+        let committed = shipping
+            .as_ref()
+            .and_then(|status| status.committed.as_ref())
+            .map(ToString::to_string);
+        let config = self.vm.config();
+        SessionStatus {
+            name: self.config.name.to_string(),
+            generation: self.generation.0,
+            state: state.word().into(),
+            reason: state.reason(),
+            pid: std::process::id(),
+            vcpus: config.vcpus,
+            memory_mib: config.memory_bytes >> 20,
+            up_ms: self.started.elapsed().as_millis() as u64,
+            restored_from: self.restored_from.as_ref().map(ToString::to_string),
+            newest: progress.newest,
+            committed,
+            checkpoints: progress.checkpoints,
+            raw_bytes: progress.raw_bytes,
+            stored_bytes: progress.stored_bytes,
+            shipped_bytes: shipping
+                .iter()
+                .flat_map(|status| &status.holders)
+                .map(|h| h.bytes_sent)
+                .sum(),
+            problem: progress.problem,
+            store: self.store.dir().display().to_string(),
+            store_bytes: self.store.used_bytes(),
+            store_budget: self.store.budget(),
+            protection,
+        }
+    }
+
+    /// Ends the VM: stops the guest, takes a last checkpoint of a protected one and gives the holders up to `drain`
+    /// to get what they lack, and tells the registry that it is stopped.
+    ///
+    /// # Errors
+    /// [`SessionError::Control`] when the VM is gone already.
+    pub async fn stop(&self, drain: Duration) -> Result<(), SessionError> {
+        let guard = self.guard.lock().await.take();
+        self.checkpoints.every(None);
+        let live = matches!(*self.vm.state().borrow(), RunState::Running | RunState::Paused);
+        if live && guard.is_some() {
+            self.vm.pause().await?;
+            if let Err(error) = self.checkpoint(CheckpointRequest::default()).await {
+                tracing::warn!(error = %chain(&error), "the last checkpoint before the stop failed");
+            }
+        }
+        self.checkpoints.end().await;
+        let stopped = self.vm.stop().await;
+        if let Some(shipper) = self.checkpoints.ship(None) {
+            if live && !shipper.drain(drain).await {
+                tracing::warn!(vm = %self.config.name, ?drain, "stopped before the holders had the last checkpoint");
+            }
+            shipper.stop().await;
+        }
+        if let Some(Guard {
+            ownership,
+            announced: true,
+        }) = guard
+            && let Err(error) = ownership.announce(self.generation, VmState::Stopped).await
+        {
+            tracing::warn!(error = %chain(&error), "the registry was not told that the VM is stopped");
+        }
+        Ok(stopped?)
+    }
+}
+
+/// Runs what may take long without holding up the runtime's other work.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, SessionError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|_| SessionError::Stopping)
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Links after which a periodic checkpoint is full: a restore never reads more.
+const MAX_LINKS: u32 = 1000;
+
+fn open_store(config: &SessionConfig) -> Result<Arc<FsStore>, SessionError> {
+    // A protected VM's local store dies with its host and is only a way to the holders; without holders it is all
+    // there is.
+    let durability = if config.protection.is_some() {
+        Durability::Spool
+    } else {
+        Durability::Durable
+    };
+    Ok(FsStore::open(&config.store, config.store_budget, durability)?)
+}
+
+/// Who this process is for the cluster, and under which generation.
+async fn own(
+    config: &SessionConfig,
+    store: &FsStore,
+) -> Result<(Option<Ownership>, Generation), SessionError> {
+    // Above everything this store has seen under the name, so that no two states get one name.
+    let newest = store
+        .entries(&config.name)
+        .last()
+        .map_or(Generation(0), |entry| entry.name.generation);
+    let floor = newest.max(store.promised(&config.name));
+    let Some(protection) = config.protection.clone() else {
+        return Ok((None, config.generation.unwrap_or(floor.next())));
+    };
+    let mut ownership = Ownership::prepare(&config.name, protection).await?;
+    let generation = match config.generation {
+        Some(generation) => ownership.confirm(generation).await?,
+        None => ownership.claim(floor).await?,
+    };
+    Ok((Some(ownership), generation))
+}
+
+fn load_plan(config: &SessionConfig, own: &FsStore, from: &RestoreFrom) -> Result<LoadPlan, SessionError> {
+    match from {
+        RestoreFrom::Files(paths) => Ok(LoadPlan::from_files(paths)?),
+        RestoreFrom::Store { dir, segment } if same_folder(dir, own.dir()) => {
+            plan_from(config, own, segment.as_ref())
+        }
+        RestoreFrom::Store { dir, segment } => {
+            plan_from(config, FsStore::open_read_only(dir)?.as_ref(), segment.as_ref())
+        }
+    }
+}
+
+fn plan_from(
+    config: &SessionConfig,
+    store: &FsStore,
+    segment: Option<&SegmentName>,
+) -> Result<LoadPlan, SessionError> {
+    let tip = match segment {
+        Some(name) => name.clone(),
+        None => store
+            .newest_complete(&config.name)
+            .map(|entry| entry.name)
+            .ok_or_else(|| SessionError::NothingToRestore {
+                dir: store.dir().to_owned(),
+                vm: config.name.clone(),
+            })?,
+    };
+    Ok(LoadPlan::new(store, &tip)?)
+}
+
+fn same_folder(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
+/// The memory the records speak of is the memory the pages are for.
+fn check_space(plan: &LoadPlan, memory_bytes: u64) -> Result<(), SessionError> {
+    let unfit = |why| SessionError::Unfit {
+        name: plan.manifest().name.clone(),
+        why,
+    };
+    match plan.spaces() {
+        [space] if space.id == segment::SpaceId::MEMORY => {
+            let bytes = u64::from(space.page_bytes).saturating_mul(space.pages);
+            if bytes == memory_bytes && space.page_bytes as usize == crate::memory::PAGE_BYTES {
+                return Ok(());
+            }
+            Err(unfit(format!(
+                "its memory space has {bytes} bytes and its machine {memory_bytes}"
+            )))
+        }
+        spaces => Err(unfit(format!(
+            "it has {} address spaces, and this monitor knows one, the memory",
+            spaces.len()
+        ))),
+    }
+}

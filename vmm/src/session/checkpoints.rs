@@ -1,0 +1,258 @@
+//! The thread that takes a VM's checkpoints: at a steady pace while it is protected, and when asked.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use migrate::protect::{CheckpointRequest, ProtectError, Protector, Taken};
+use migrate::shipper::{ShipStatus, Shipper};
+use migrate::spool::Spool;
+use segment::Epoch;
+use tokio::sync::oneshot;
+
+use super::{CheckpointReport, SessionError, chain, lock};
+use crate::control::{RunState, VmHandle};
+use crate::replica::VmSource;
+
+/// After a periodic checkpoint failed (a full disk, say) the next is not tried sooner than this.
+const AFTER_FAILURE: Duration = Duration::from_secs(1);
+
+/// How checkpoints go.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Progress {
+    pub(super) newest: Option<CheckpointReport>,
+    pub(super) committed: Option<Epoch>,
+    pub(super) checkpoints: u64,
+    pub(super) raw_bytes: u64,
+    pub(super) stored_bytes: u64,
+    pub(super) problem: Option<String>,
+}
+
+type Reply = oneshot::Sender<Result<CheckpointReport, SessionError>>;
+
+enum Order {
+    Take(CheckpointRequest, Reply),
+    Every(Option<Duration>),
+    Full,
+    End(oneshot::Sender<()>),
+}
+
+/// Orders for the thread. Cheap to clone; the thread ends when the last is dropped.
+#[derive(Debug, Clone)]
+pub(super) struct Orders(Sender<Order>);
+
+impl Orders {
+    /// Takes the next periodic checkpoint in full.
+    pub(super) fn full(&self) {
+        let _ = self.0.send(Order::Full);
+    }
+
+    /// Takes one every so often, or none of its own accord.
+    pub(super) fn every(&self, every: Option<Duration>) {
+        let _ = self.0.send(Order::Every(every));
+    }
+}
+
+impl std::fmt::Debug for Order {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Take(..) => "Take",
+            Self::Every(_) => "Every",
+            Self::Full => "Full",
+            Self::End(_) => "End",
+        })
+    }
+}
+
+/// The thread, from outside.
+#[derive(Debug)]
+pub(super) struct Checkpoints {
+    orders: Orders,
+    /// Where new checkpoints are announced. The thread looks at it after each one and the session puts it in and
+    /// takes it out; held for a moment.
+    shipper: Arc<Mutex<Option<Shipper>>>,
+}
+
+impl Checkpoints {
+    pub(super) fn start(
+        protector: Protector<VmSource>,
+        vm: VmHandle,
+        spool: Arc<Spool>,
+        progress: Arc<Mutex<Progress>>,
+    ) -> Result<Self, SessionError> {
+        let (orders, inbox) = channel();
+        let shipper = Arc::default();
+        let thread = Thread {
+            protector,
+            vm,
+            spool,
+            progress,
+            shipper: Arc::clone(&shipper),
+            every: None,
+            due: None,
+            rested: false,
+        };
+        std::thread::Builder::new()
+            .name("checkpoint".into())
+            .spawn(move || thread.serve(&inbox))
+            .map_err(SessionError::Thread)?;
+        Ok(Self {
+            orders: Orders(orders),
+            shipper,
+        })
+    }
+
+    pub(super) fn orders(&self) -> Orders {
+        self.orders.clone()
+    }
+
+    pub(super) fn every(&self, every: Option<Duration>) {
+        self.orders.every(every);
+    }
+
+    pub(super) async fn take(&self, request: CheckpointRequest) -> Result<CheckpointReport, SessionError> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.orders.0.send(Order::Take(request, reply));
+        answer.await.map_err(|_| SessionError::Stopping)?
+    }
+
+    /// Ends the thread; when this returns it has let go of the local store.
+    pub(super) async fn end(&self) {
+        let (reply, ended) = oneshot::channel();
+        let _ = self.orders.0.send(Order::End(reply));
+        // A thread that is gone has ended.
+        let _ = ended.await;
+    }
+
+    /// Puts another shipper in, and returns the one before.
+    pub(super) fn ship(&self, shipper: Option<Shipper>) -> Option<Shipper> {
+        std::mem::replace(&mut *lock(&self.shipper), shipper)
+    }
+
+    pub(super) fn shipping(&self) -> Option<ShipStatus> {
+        lock(&self.shipper).as_ref().map(Shipper::status)
+    }
+}
+
+struct Thread {
+    protector: Protector<VmSource>,
+    vm: VmHandle,
+    spool: Arc<Spool>,
+    progress: Arc<Mutex<Progress>>,
+    shipper: Arc<Mutex<Option<Shipper>>>,
+    every: Option<Duration>,
+    due: Option<Instant>,
+    /// The guest stands still and its last state has been taken: there is nothing new until it runs.
+    rested: bool,
+}
+
+impl Thread {
+    fn serve(mut self, inbox: &Receiver<Order>) {
+        loop {
+            let order = match self.due {
+                Some(due) => inbox.recv_timeout(due.saturating_duration_since(Instant::now())),
+                None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            };
+            match order {
+                Ok(Order::Take(request, reply)) => {
+                    let taken = self.take(request).map_err(SessionError::Checkpoint);
+                    // An asker that has gone away finds it in the status.
+                    let _ = reply.send(taken);
+                }
+                Ok(Order::Every(every)) => {
+                    self.every = every;
+                    self.due = every.map(|_| Instant::now());
+                }
+                Ok(Order::Full) => {
+                    self.protector.request_full();
+                    self.rested = false;
+                }
+                Ok(Order::End(ended)) => {
+                    drop(self);
+                    let _ = ended.send(());
+                    return;
+                }
+                Err(RecvTimeoutError::Timeout) => self.periodic(),
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    fn periodic(&mut self) {
+        let Some(every) = self.every else {
+            self.due = None;
+            return;
+        };
+        let start = Instant::now();
+        let mut pause = every;
+        let state = self.vm.state().borrow().clone();
+        match state {
+            RunState::Running => {
+                self.rested = false;
+                if self.take(CheckpointRequest::default()).is_err() {
+                    pause = every.max(AFTER_FAILURE);
+                }
+            }
+            RunState::Paused if !self.rested => match self.take(CheckpointRequest::default()) {
+                Ok(_) => self.rested = true,
+                Err(_) => pause = every.max(AFTER_FAILURE),
+            },
+            RunState::Paused => {}
+            RunState::Fenced { .. } | RunState::Ended(_) | RunState::Stopped => self.every = None,
+        }
+        self.due = self.every.map(|_| (start + pause).max(Instant::now()));
+    }
+
+    fn take(&mut self, request: CheckpointRequest) -> Result<CheckpointReport, ProtectError> {
+        // Room first: a merge or a drop now is cheaper than a refusal after the guest was stopped.
+        if let Err(error) = self.spool.make_room() {
+            tracing::debug!(error = %chain(&error), "no room could be made in the local store");
+        }
+        let result = self.protector.checkpoint(request);
+        match &result {
+            Ok(taken) => {
+                let report = report(taken);
+                let mut progress = lock(&self.progress);
+                progress.checkpoints += 1;
+                progress.raw_bytes += report.raw_bytes;
+                progress.stored_bytes += report.stored_bytes;
+                progress.newest = Some(report);
+                if progress.problem.take().is_some() {
+                    tracing::info!(name = %taken.entry.name, "checkpoints work again");
+                }
+            }
+            Err(error) => {
+                let problem = chain(error);
+                let mut progress = lock(&self.progress);
+                if progress.problem.as_ref() != Some(&problem) {
+                    tracing::error!(error = %problem, "checkpoint failed; the guest runs on");
+                }
+                progress.problem = Some(problem);
+            }
+        }
+        if let Some(shipper) = lock(&self.shipper).as_ref() {
+            shipper.notify();
+        }
+        result.map(|taken| report(&taken))
+    }
+}
+
+fn report(taken: &Taken) -> CheckpointReport {
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    CheckpointReport {
+        name: taken.entry.name.to_string(),
+        kind: if taken.entry.kind.is_full() {
+            "full"
+        } else {
+            "delta"
+        }
+        .into(),
+        stop_us: micros(taken.stopped),
+        encode_us: micros(taken.encode_time),
+        data_pages: taken.summary.data_pages,
+        zero_pages: taken.summary.zero_pages,
+        raw_bytes: taken.summary.raw_bytes,
+        stored_bytes: taken.summary.file_bytes,
+        digest: taken.entry.digest.to_string(),
+    }
+}

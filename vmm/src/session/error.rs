@@ -1,0 +1,120 @@
+//! What can go wrong with a session.
+
+use std::path::PathBuf;
+
+use migrate::load::LoadError;
+use migrate::protect::ProtectError;
+use migrate::registry::RegistryError;
+use migrate::store::{ChainError, StoreError};
+use segment::{SegmentName, VmId};
+
+use crate::control::ControlError;
+use crate::state::StateError;
+use crate::vm::VmError;
+
+/// Why a session could not be made or did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The machine.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The local store.
+    #[error("use the local store")]
+    Store(#[from] StoreError),
+    /// The chain to restore from.
+    #[error("load the checkpoint")]
+    Load(#[from] LoadError),
+    /// The records in it.
+    #[error("read the machine's state from {name}")]
+    State {
+        /// The checkpoint.
+        name: SegmentName,
+        /// What is wrong.
+        #[source]
+        source: StateError,
+    },
+    /// The checkpoint does not fit itself.
+    #[error("checkpoint {name}: {why}")]
+    Unfit {
+        /// The checkpoint.
+        name: SegmentName,
+        /// What does not fit.
+        why: String,
+    },
+    /// There is nothing to restore.
+    #[error(
+        "{dir:?} has no whole chain of VM {vm}: `vmm inspect` shows what a segment file is, `standby ls` what an agent holds"
+    )]
+    NothingToRestore {
+        /// The store.
+        dir: PathBuf,
+        /// The VM.
+        vm: VmId,
+    },
+    /// A checkpoint failed. The guest runs on.
+    #[error("take a checkpoint (the guest is as it was, earlier checkpoints are in place)")]
+    Checkpoint(#[source] ProtectError),
+    /// A chain in the local store.
+    #[error("the chain of {name} is not whole here")]
+    Chain {
+        /// The checkpoint.
+        name: SegmentName,
+        /// Which link.
+        #[source]
+        source: ChainError,
+    },
+    /// The registry refused, or is away.
+    #[error("agree with the registry on who owns VM {vm}")]
+    Registry {
+        /// The VM.
+        vm: VmId,
+        /// Its answer.
+        #[source]
+        source: RegistryError,
+    },
+    /// Too few holders answer.
+    #[error(
+        "{up} of {holders} holders answer, and {quorum} are needed for a commit ({why}). Start the agents with \
+         `standby serve`, or name others with --protect-to"
+    )]
+    Holders {
+        /// Those that answer.
+        up: usize,
+        /// All.
+        holders: usize,
+        /// The ack quorum.
+        quorum: usize,
+        /// Why the others do not.
+        why: String,
+    },
+    /// The protection asked for cannot be.
+    #[error("{0}")]
+    Protection(String),
+    /// The thread that takes checkpoints.
+    #[error("start the checkpoint thread")]
+    Thread(#[source] std::io::Error),
+    /// The session has ended.
+    #[error("the VM is being stopped")]
+    Stopping,
+}
+
+impl From<VmError> for SessionError {
+    fn from(error: VmError) -> Self {
+        Self::Control(error.into())
+    }
+}
+
+/// An error with its causes, for a log line.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,64 @@
+//! What follows from the shipper's events: a commit is noted, a full checkpoint taken, a fenced guest paused.
+
+use std::sync::{Arc, Mutex};
+
+use migrate::shipper::ShipEvent;
+use segment::{Generation, VmId};
+use tokio::sync::mpsc;
+
+use super::checkpoints::{Orders, Progress};
+use super::lock;
+use crate::control::VmHandle;
+
+/// Acts on what the shipper reports.
+pub(super) struct Follower {
+    pub(super) vm: VmHandle,
+    pub(super) name: VmId,
+    pub(super) generation: Generation,
+    pub(super) orders: Orders,
+    pub(super) progress: Arc<Mutex<Progress>>,
+}
+
+impl Follower {
+    pub(super) async fn follow(self, mut events: mpsc::UnboundedReceiver<ShipEvent>) {
+        while let Some(event) = events.recv().await {
+            match event {
+                ShipEvent::Committed { name, .. } => lock(&self.progress).committed = Some(name.epoch),
+                ShipEvent::Fenced { holder, current } => self.fenced(&holder, current).await,
+                ShipEvent::NeedFull { holder } => {
+                    tracing::info!(vm = %self.name, %holder, "the holder needs a full checkpoint");
+                    self.orders.full();
+                }
+                ShipEvent::HolderUp {
+                    holder,
+                    node,
+                    position,
+                } => {
+                    tracing::info!(vm = %self.name, %holder, %node, position = ?position, "holder up");
+                }
+                ShipEvent::HolderDown { holder, why } => {
+                    tracing::warn!(vm = %self.name, %holder, %why, "holder down; the guest runs on");
+                }
+            }
+        }
+    }
+
+    /// Rule 9: refused as stale, the owner pauses its guest.
+    async fn fenced(&self, holder: &str, current: Generation) {
+        let reason = format!(
+            "{holder} has promised generation {current} of VM {}, and this is generation {}: another host may run it now",
+            self.name, self.generation
+        );
+        let vm = self.vm.clone();
+        let told = reason.clone();
+        let paused = tokio::task::spawn_blocking(move || vm.fence(&told)).await;
+        match paused {
+            Ok(Ok(())) => tracing::error!(vm = %self.name, %reason, "fenced: the guest is paused for good"),
+            Ok(Err(error)) => {
+                tracing::error!(vm = %self.name, %reason, %error, "fenced, and the guest cannot be paused")
+            }
+            Err(error) => tracing::error!(vm = %self.name, %reason, %error, "fenced, and the pause failed"),
+        }
+        self.orders.every(None);
+    }
+}

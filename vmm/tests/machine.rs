@@ -1,0 +1,57 @@
+//! A real guest on /dev/kvm: booted, stopped, saved, restored into a new machine in this process.
+
+mod common;
+
+use std::time::Duration;
+
+use common::{Guests, PATIENCE, small, wait_for};
+use vmm::boot::BootSource;
+use vmm::control::{RunState, VmHandle};
+use vmm::vm::{MachineConfig, Vm};
+
+fn boot(config: MachineConfig, source: &BootSource) -> VmHandle {
+    VmHandle::start(|outbox, ended| Vm::boot(config, source, outbox, ended)).unwrap()
+}
+
+fn run<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(future)
+}
+
+#[test]
+fn a_guest_boots_and_ticks_and_ends() {
+    let guests = Guests::new();
+    let vm = boot(
+        small(64),
+        &guests.source("ticker", "period_ms=5 exit_after_ticks=20"),
+    );
+    assert_eq!(*vm.state().borrow(), RunState::Paused);
+    run(vm.resume()).unwrap();
+    wait_for(vm.outbox(), |text| text.contains("tick 19").then_some(()));
+    run(async { vm.state().wait_for(RunState::is_final).await.map(|_| ()) }).unwrap();
+    assert_eq!(vm.state().borrow().word(), "ended");
+    assert!(run(vm.resume()).is_err(), "a guest that ended cannot go on");
+}
+
+#[test]
+fn a_paused_guest_is_silent_and_goes_on() {
+    let guests = Guests::new();
+    let vm = boot(small(64), &guests.source("ticker", "period_ms=2"));
+    run(vm.resume()).unwrap();
+    wait_for(vm.outbox(), |text| text.contains("tick 5").then_some(()));
+    run(vm.pause()).unwrap();
+    let end = vm.outbox().end();
+    assert!(
+        vm.outbox().read(end, Duration::from_millis(100)).bytes.is_empty(),
+        "a paused guest spoke"
+    );
+    run(vm.resume()).unwrap();
+    assert!(!vm.outbox().read(end, PATIENCE).bytes.is_empty());
+    vm.fence("generation 2 is running elsewhere").unwrap();
+    assert!(run(vm.resume()).unwrap_err().to_string().contains("generation 2"));
+    run(vm.stop()).unwrap();
+    assert_eq!(*vm.state().borrow(), RunState::Stopped);
+}
