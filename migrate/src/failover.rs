@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   Reading --record--> Raising --raised--> Sealing --enough--> Fetching --whole here--> Starting --> Done
-//!                          |  from here on the old owner's   |
-//!                          |  generation is over             |  from here on it cannot commit
+//!                          |  from here on the old owner's   |  from here on it cannot commit
+//!                          |  generation is over             |  what the sealed holders lack
 //! ```
 //!
 //! Invariants: the guest is started only after `holders - ack_quorum + 1` holders have promised the new generation, so
@@ -468,8 +468,8 @@ impl Plan {
             return self.succeed(*record, tip, None);
         }
         // The point of no return: enough holders have promised the new generation, so the old owner cannot commit
-        // any more, whatever becomes of this node. What is left to do can only end in the guest running here, or in
-        // nobody running it until someone promotes again.
+        // anything beyond what they have, whatever becomes of this node. What is left to do can only end in the guest
+        // running here, or in nobody running it until someone promotes again.
         self.state = State::Fetching {
             record: record.clone(),
             tip: tip.clone(),

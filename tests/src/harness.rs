@@ -189,7 +189,6 @@ impl Cluster {
         .map(str::to_owned)
         .into();
         arguments.extend(["--data".into(), data.display().to_string()]);
-        arguments.extend(["--run-dir".into(), data.join("run").display().to_string()]);
         arguments.extend(["--vmm".into(), self.binaries.vmm.display().to_string()]);
         arguments.extend(more.iter().map(|&a| a.to_owned()));
         std::fs::create_dir_all(&data)?;

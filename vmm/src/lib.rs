@@ -1,8 +1,11 @@
 //! The monitor: a minimal KVM VMM whose guests can be checkpointed and restored elsewhere.
 #![deny(unsafe_code)]
 
+pub mod api;
 pub mod boot;
 pub mod bus;
+pub mod cli;
+pub mod config;
 pub mod control;
 pub mod cpuid;
 pub mod devices;

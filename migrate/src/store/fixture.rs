@@ -193,6 +193,10 @@ pub(crate) fn chain(vm: &str, links: u64) -> Vec<(SegmentName, Vec<u8>)> {
             machine.write(0, n % MEMORY_PAGES, n as u8);
             machine.write(0, 7, (n % 250) as u8 + 1);
             machine.write(1, n % DISK_PAGES, n as u8);
+            if n > 2 {
+                // Zero again, which only the delta says.
+                machine.write(0, (n - 2) % MEMORY_PAGES, 0);
+            }
             let captured = machine.capture_now(n == 1);
             let name = name(&format!("{vm}/1/{n}"));
             let of = manifest(&name, &captured, parent.as_ref().map(|(name, id)| (name, *id)));

@@ -13,7 +13,8 @@
 //! Invariants:
 //! - What has its real name is whole. [`Stored`] is made only after that name is durable (for [`Durability::Durable`]).
 //! - A name keeps its checkpoint: its bytes may be written anew (merged, folded), its [`CheckpointId`] stays.
-//! - Once [`FsStore::promise`] has returned, nothing of a lower generation appears any more; promises never go back.
+//! - Once [`FsStore::promise`] has returned, nothing that an owner of a lower generation writes appears any more;
+//!   promises never go back.
 //! - Stored and reserved bytes stay within the budget. A merge may go beyond it for as long as it runs: it is what
 //!   brings the bytes down.
 //!
@@ -21,7 +22,7 @@
 //!
 //! Two locks, each with its reason. The *index* is one mutex: every operation on it takes microseconds, every thread
 //! of the agent needs the same view, and no file is written under it. A *gate* per VM is held while a name or a
-//! promise is published, also across the sync: that is what makes "no lower generation after the promise" true.
+//! promise is published, also across the sync: that is what makes "no lower owner after the promise" true.
 //! Order: gate, then index. Neither is held while bytes are copied.
 
 mod error;
@@ -201,7 +202,7 @@ impl FsStore {
 
     /// The same on behalf of an owner of generation `writer`, which may be higher than the one in the name: a new
     /// owner ships, and a promoting node fetches, what an earlier generation has written. The promise is held against
-    /// who writes.
+    /// who writes. One who is older than the name cannot have it from its owner.
     ///
     /// # Errors
     /// As [`Self::begin`].
@@ -467,7 +468,7 @@ fn flat(name: &SegmentName) -> String {
 
 /// Refuses a writer whose generation is over.
 fn check_promise(index: &Index, name: &SegmentName, writer: Generation) -> Result<(), StoreError> {
-    let current = index.promised(&name.vm);
+    let current = index.promised(&name.vm).max(name.generation);
     if writer < current {
         return Err(StoreError::Fenced {
             vm: name.vm.clone(),

@@ -401,11 +401,23 @@ fn a_promise_holds_across_opening_and_fences() {
     assert_eq!(names(&store), ["web/1/1"]);
     store.begin(&name("web/2/1"), 10).unwrap();
     store.begin(&name("db/1/1"), 10).unwrap();
+    // What the old owner wrote may still come from the new one, and not the other way round.
+    let bytes = segments[1].1.len() as u64;
+    let mut incoming = store.begin_under(&segments[1].0, bytes, Generation(2)).unwrap();
+    incoming.write_all(&segments[1].1).unwrap();
+    incoming.commit().unwrap();
+    let backwards = store.begin_under(&name("web/3/1"), 10, Generation(2));
+    assert!(matches!(backwards, Err(StoreError::Fenced { .. })));
+    store.remove(&segments[1].0).unwrap();
+    let mut late = store.begin_under(&segments[1].0, bytes, Generation(2)).unwrap();
+    late.write_all(&segments[1].1).unwrap();
+    store.promise(&vm("web"), Generation(3)).unwrap();
+    assert!(matches!(late.commit(), Err(StoreError::Fenced { .. })));
     drop(store);
 
     for durability in [Durability::Durable, Durability::Spool] {
         let store = FsStore::open(dir.path(), None, durability).unwrap();
-        assert_eq!(store.promised(&vm("web")), Generation(2));
+        assert_eq!(store.promised(&vm("web")), Generation(3));
         assert!(matches!(
             store.begin(&segments[2].0, 10),
             Err(StoreError::Fenced { .. })
@@ -413,7 +425,7 @@ fn a_promise_holds_across_opening_and_fences() {
     }
     assert_eq!(
         FsStore::open_read_only(dir.path()).unwrap().promised(&vm("web")),
-        Generation(2)
+        Generation(3)
     );
     // A promise that cannot be read must not be taken for none.
     let file = dir.path().join("promises/web");

@@ -1,1 +1,5 @@
-fn main() {}
+//! The monitor's command line; see `vmm::cli`.
+
+fn main() -> std::process::ExitCode {
+    vmm::cli::main()
+}

@@ -1,0 +1,478 @@
+//! The takeover plan: every interleaving of an owner that ships, two candidates and holders that come and go.
+
+use std::collections::BTreeSet;
+
+use migrate::failover::{
+    Left, Plan, PlanAction, PlanEvent, PromoteError, Running, SealFailure, seals_needed,
+};
+use migrate::registry::{RegistryError, VmRecord, VmState};
+use migrate::wire::SegmentBrief;
+use proptest::prelude::*;
+use segment::{CheckpointId, Digest, Epoch, Generation, SegmentName, VmId};
+
+/// Generation and epoch.
+type At = (u64, u64);
+
+fn vm() -> VmId {
+    VmId::new("web").unwrap()
+}
+
+fn brief((generation, epoch): At) -> SegmentBrief {
+    let mut checkpoint = [0; 16];
+    checkpoint[0] = generation as u8;
+    checkpoint[1..9].copy_from_slice(&epoch.to_le_bytes());
+    SegmentBrief {
+        name: SegmentName::new(vm(), Generation(generation), Epoch(epoch)),
+        checkpoint: CheckpointId(checkpoint),
+        digest: Digest([0; 32]),
+        bytes: 1,
+        parent: None,
+        created_unix_ns: 0,
+        links: 0,
+        complete: true,
+        label: None,
+    }
+}
+
+fn at(brief: &SegmentBrief) -> At {
+    (brief.name.generation.0, brief.name.epoch.0)
+}
+
+#[derive(Debug, Clone, Default)]
+struct Holder {
+    up: bool,
+    promised: u64,
+    has: BTreeSet<At>,
+}
+
+/// Someone who runs the guest, or believes to.
+#[derive(Debug)]
+struct Owner {
+    generation: u64,
+    epoch: u64,
+    /// The newest epoch each holder has of it.
+    shipped: Vec<u64>,
+    fenced: bool,
+}
+
+#[derive(Debug)]
+struct Candidate {
+    name: String,
+    plan: Plan,
+    todo: Vec<PlanAction>,
+    ended: Option<Result<At, PromoteError>>,
+}
+
+#[derive(Debug)]
+struct World {
+    quorum: usize,
+    generation: u64,
+    owner_name: String,
+    holders: Vec<Holder>,
+    owners: Vec<Owner>,
+    candidates: Vec<Candidate>,
+    committed: BTreeSet<At>,
+    /// Which generation was started from where.
+    started: Vec<(u64, At)>,
+}
+
+impl World {
+    fn new(holders: usize, quorum: usize) -> Self {
+        let up = Holder {
+            up: true,
+            ..Holder::default()
+        };
+        let first = Owner {
+            generation: 1,
+            epoch: 0,
+            shipped: vec![0; holders],
+            fenced: false,
+        };
+        let candidates = ["one", "two"].map(|name| Candidate {
+            name: name.to_owned(),
+            plan: Plan::new(vm(), false),
+            todo: Vec::new(),
+            ended: None,
+        });
+        Self {
+            quorum,
+            generation: 1,
+            owner_name: "first".into(),
+            holders: vec![up; holders],
+            owners: vec![first],
+            candidates: candidates.into(),
+            committed: BTreeSet::new(),
+            started: Vec::new(),
+        }
+    }
+
+    fn record(&self) -> VmRecord {
+        VmRecord {
+            vm: vm(),
+            generation: Generation(self.generation),
+            revision: 1,
+            owner: self.owner_name.clone(),
+            holders: (0..self.holders.len()).map(|i| i.to_string()).collect(),
+            ack_quorum: self.quorum as u32,
+            every_ms: 200,
+            state: VmState::Running,
+            changed_unix_ms: 0,
+            newest: None,
+            claim: [0; 16],
+        }
+    }
+
+    /// An owner ships its next epoch to a holder, or takes one.
+    fn own(&mut self, owner: usize, holder: usize) {
+        let count = self.owners.len();
+        let owner = &mut self.owners[owner % count];
+        if owner.fenced {
+            return;
+        }
+        let index = holder % (self.holders.len() + 1);
+        let Some(holder) = self.holders.get_mut(index) else {
+            owner.epoch += 1;
+            return;
+        };
+        if !holder.up {
+            return;
+        }
+        if holder.promised > owner.generation {
+            owner.fenced = true;
+            return;
+        }
+        holder.promised = owner.generation;
+        if owner.shipped[index] < owner.epoch {
+            owner.shipped[index] += 1;
+            holder.has.insert((owner.generation, owner.shipped[index]));
+        }
+        let mut acked = owner.shipped.clone();
+        acked.sort_unstable_by(|a, b| b.cmp(a));
+        let epoch = acked[self.quorum - 1];
+        if epoch > 0 && self.committed.insert((owner.generation, epoch)) {
+            // What the sealed holders had already may still become committed; nothing beyond what was started from.
+            let at = (owner.generation, epoch);
+            let lost = self
+                .started
+                .iter()
+                .find(|(generation, from)| *generation > owner.generation && *from < at);
+            assert_eq!(
+                lost, None,
+                "{at:?} was committed after a later owner ran from before it"
+            );
+        }
+    }
+
+    fn begin(&mut self, candidate: usize) {
+        let candidate = &mut self.candidates[candidate % 2];
+        if candidate.todo.is_empty() && (candidate.ended.is_some() || !candidate.plan.is_finished()) {
+            candidate.ended = None;
+            candidate.plan = Plan::new(vm(), false);
+            candidate.todo = candidate.plan.step(PlanEvent::Begin);
+        }
+    }
+
+    /// The process is gone in the middle of what it did.
+    fn crash(&mut self, candidate: usize) {
+        let candidate = &mut self.candidates[candidate % 2];
+        candidate.todo.clear();
+        candidate.plan = Plan::new(vm(), false);
+        candidate.ended = None;
+    }
+
+    /// A candidate does one of the things it has to do.
+    fn act(&mut self, candidate: usize, which: usize) {
+        let index = candidate % 2;
+        let todo = &mut self.candidates[index].todo;
+        if todo.is_empty() {
+            return;
+        }
+        let action = todo.swap_remove(which % todo.len());
+        let event = match action {
+            PlanAction::ReadRecord => PlanEvent::Record(Ok(self.record())),
+            PlanAction::Raise { expected } => PlanEvent::Raised(if expected.0 == self.generation {
+                self.generation += 1;
+                self.owner_name.clone_from(&self.candidates[index].name);
+                Ok(self.record())
+            } else {
+                Err(RegistryError::Conflict {
+                    vm: vm(),
+                    expected,
+                    current: Generation(self.generation),
+                    owner: self.owner_name.clone(),
+                })
+            }),
+            PlanAction::Seal { holder, generation } => {
+                let at = holder.parse::<usize>().unwrap();
+                let h = &mut self.holders[at];
+                let result = if !h.up {
+                    Err(SealFailure::Unreachable { why: "down".into() })
+                } else if h.promised > generation.0 {
+                    Err(SealFailure::Fenced {
+                        current: Generation(h.promised),
+                    })
+                } else {
+                    h.promised = generation.0;
+                    Ok(h.has.last().copied().map(brief))
+                };
+                PlanEvent::Sealed { holder, result }
+            }
+            PlanAction::Fetch { from, tip, .. } => {
+                let has = |i: &String| {
+                    let h = &self.holders[i.parse::<usize>().unwrap()];
+                    h.up && h.has.contains(&at(&tip))
+                };
+                let found = from.iter().any(has);
+                PlanEvent::Fetched(if found { Ok(()) } else { Err("gone".into()) })
+            }
+            PlanAction::Start { record, tip } => {
+                let (generation, from) = (record.generation.0, at(&tip));
+                let twice = self.started.iter().find(|(g, _)| *g == generation);
+                assert_eq!(twice, None, "generation {generation} was started twice");
+                let newest = self.committed.iter().filter(|(g, _)| *g < generation).max();
+                assert!(
+                    newest.is_none_or(|c| *c <= from),
+                    "{newest:?} was committed and {from:?} was started"
+                );
+                self.started.push((generation, from));
+                let shipped = vec![0; self.holders.len()];
+                self.owners.push(Owner {
+                    generation,
+                    epoch: 0,
+                    shipped,
+                    fenced: false,
+                });
+                PlanEvent::Started(Ok(Running { pid: 1, socket: None }))
+            }
+            PlanAction::Peek { .. } => panic!("a dry run was not asked for"),
+            PlanAction::Finish(result) => {
+                self.candidates[index].ended = Some(result.map(|outcome| at(&outcome.tip)));
+                return;
+            }
+        };
+        let more = self.candidates[index].plan.step(event);
+        self.candidates[index].todo.extend(more);
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Own(usize, usize),
+    Begin(usize),
+    Act(usize, usize),
+    Crash(usize),
+    Toggle(usize),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let n = any::<u8>().prop_map(usize::from);
+    let step = prop_oneof![
+        30 => (n.clone(), n.clone()).prop_map(|(a, b)| Step::Own(a, b)),
+        3 => n.clone().prop_map(Step::Begin),
+        15 => (n.clone(), n.clone()).prop_map(|(a, b)| Step::Act(a, b)),
+        1 => n.clone().prop_map(Step::Crash),
+        2 => n.prop_map(Step::Toggle),
+    ];
+    prop::collection::vec(step, 0..300)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn no_committed_epoch_is_lost_and_no_generation_runs_twice(
+        steps in steps(),
+        (holders, quorum) in (1usize..=4).prop_flat_map(|n| (Just(n), 1..=n)),
+    ) {
+        let mut world = World::new(holders, quorum);
+        for step in steps {
+            match step {
+                Step::Own(owner, holder) => world.own(owner, holder),
+                Step::Begin(candidate) => world.begin(candidate),
+                Step::Act(candidate, which) => world.act(candidate, which),
+                Step::Crash(candidate) => world.crash(candidate),
+                Step::Toggle(holder) => {
+                    let index = holder % holders;
+                    world.holders[index].up ^= true;
+                }
+            }
+        }
+        // With everyone up, and nobody else trying, the last one that tries gets it.
+        for holder in &mut world.holders {
+            holder.up = true;
+        }
+        world.crash(0);
+        world.crash(1);
+        world.begin(0);
+        for _ in 0..50 {
+            world.act(0, 0);
+        }
+        let ended = world.candidates[0].ended.clone();
+        if world.committed.is_empty() {
+            prop_assert!(ended.is_some());
+        } else {
+            prop_assert!(matches!(ended, Some(Ok(_))), "{ended:?}");
+        }
+    }
+}
+
+#[test]
+fn the_seals_meet_every_quorum() {
+    assert_eq!(
+        [
+            seals_needed(1, 1),
+            seals_needed(2, 2),
+            seals_needed(3, 2),
+            seals_needed(2, 1)
+        ],
+        [1, 1, 2, 2]
+    );
+    for holders in 1..=16usize {
+        for quorum in 1..=holders {
+            let needed = seals_needed(holders, quorum);
+            // The pigeonhole: they cannot be disjoint; and with one fewer they could.
+            assert!(needed + quorum > holders && needed + quorum <= holders + 1);
+        }
+    }
+}
+
+fn sealing(holders: usize, quorum: usize) -> (Plan, VmRecord) {
+    let mut world = World::new(holders, quorum);
+    world.generation = 2;
+    let record = world.record();
+    let mut plan = Plan::new(vm(), false);
+    assert_eq!(plan.step(PlanEvent::Begin), [PlanAction::ReadRecord]);
+    let raise = plan.step(PlanEvent::Record(Ok(World::new(holders, quorum).record())));
+    assert_eq!(
+        raise,
+        [PlanAction::Raise {
+            expected: Generation(1)
+        }]
+    );
+    let seals = plan.step(PlanEvent::Raised(Ok(record.clone())));
+    assert_eq!(seals.len(), holders);
+    (plan, record)
+}
+
+fn finish(mut actions: Vec<PlanAction>) -> Result<At, PromoteError> {
+    assert_eq!(actions.len(), 1, "{actions:?}");
+    let Some(PlanAction::Finish(result)) = actions.pop() else {
+        panic!("it goes on")
+    };
+    result.map(|outcome| at(&outcome.tip))
+}
+
+fn sealed(holder: &str, newest: Option<At>) -> PlanEvent {
+    PlanEvent::Sealed {
+        holder: holder.into(),
+        result: Ok(newest.map(brief)),
+    }
+}
+
+fn down(holder: &str) -> PlanEvent {
+    let why = "connection refused".to_owned();
+    PlanEvent::Sealed {
+        holder: holder.into(),
+        result: Err(SealFailure::Unreachable { why }),
+    }
+}
+
+#[test]
+fn the_highest_of_enough_holders_is_taken_from_who_has_it() {
+    let (mut plan, _) = sealing(3, 2);
+    assert_eq!(plan.step(sealed("0", Some((1, 9)))), []);
+    let fetch = plan.step(sealed("2", Some((1, 12))));
+    let expected = PlanAction::Fetch {
+        from: vec!["2".into()],
+        tip: brief((1, 12)),
+        generation: Generation(2),
+    };
+    assert_eq!(fetch, [expected]);
+    // One that answers later changes nothing.
+    assert_eq!(plan.step(sealed("1", Some((1, 30)))), []);
+    let start = plan.step(PlanEvent::Fetched(Ok(())));
+    assert!(
+        matches!(&start[..], [PlanAction::Start { tip, .. }] if at(tip) == (1, 12)),
+        "{start:?}"
+    );
+    assert_eq!(
+        finish(plan.step(PlanEvent::Started(Ok(Running { pid: 3, socket: None })))),
+        Ok((1, 12))
+    );
+}
+
+#[test]
+fn too_few_seals_say_who_is_missing_and_what_state_it_is_in() {
+    let (mut plan, _) = sealing(3, 2);
+    assert_eq!(plan.step(down("0")), []);
+    let error = finish(plan.step(down("1"))).unwrap_err();
+    assert!(matches!(
+        error,
+        PromoteError::TooFewSeals {
+            needed: 2,
+            holders: 3,
+            ..
+        }
+    ));
+    let told = error.to_string();
+    for part in [
+        "0 (connection refused)",
+        "generation 2",
+        "promoting again, here or elsewhere, is safe",
+    ] {
+        assert!(told.contains(part), "{told:?} lacks {part:?}");
+    }
+}
+
+#[test]
+fn each_failure_after_the_raise_says_that_nothing_runs() {
+    let left = Left::Raised(Generation(2));
+    let (mut plan, _) = sealing(1, 1);
+    let none = finish(plan.step(sealed("0", None))).unwrap_err();
+    assert_eq!(
+        none,
+        PromoteError::Nothing {
+            vm: vm(),
+            state: left
+        }
+    );
+
+    let (mut plan, _) = sealing(1, 1);
+    plan.step(sealed("0", Some((1, 5))));
+    let fetch = finish(plan.step(PlanEvent::Fetched(Err("disk full".into())))).unwrap_err();
+    assert!(
+        fetch.to_string().contains("disk full") && fetch.to_string().contains("stopped under generation 2")
+    );
+
+    let (mut plan, _) = sealing(1, 1);
+    plan.step(sealed("0", Some((1, 5))));
+    plan.step(PlanEvent::Fetched(Ok(())));
+    let start = finish(plan.step(PlanEvent::Started(Err("no /dev/kvm".into())))).unwrap_err();
+    assert!(
+        start.to_string().contains("web/1/5") && start.to_string().contains("no /dev/kvm"),
+        "{start}"
+    );
+
+    let (mut plan, _) = sealing(2, 1);
+    let current = Generation(7);
+    let fenced = PlanEvent::Sealed {
+        holder: "1".into(),
+        result: Err(SealFailure::Fenced { current }),
+    };
+    let overtaken = finish(plan.step(fenced)).unwrap_err();
+    assert!(matches!(overtaken, PromoteError::Overtaken { .. }));
+    assert_eq!(plan.step(sealed("0", Some((1, 5)))), [], "nothing after the end");
+}
+
+#[test]
+fn a_dry_run_changes_nothing() {
+    let mut plan = Plan::new(vm(), true);
+    plan.step(PlanEvent::Begin);
+    let peeks = plan.step(PlanEvent::Record(Ok(World::new(2, 2).record())));
+    assert!(
+        peeks.iter().all(|a| matches!(a, PlanAction::Peek { .. })),
+        "{peeks:?}"
+    );
+    assert_eq!(plan.step(sealed("0", Some((1, 5)))), [], "it waits for everyone");
+    assert_eq!(finish(plan.step(down("1"))), Ok((1, 5)));
+}

@@ -1,0 +1,6 @@
+//! What the paths of the API stand for.
+
+pub mod console;
+pub mod machine;
+pub mod replication;
+pub mod snapshot;

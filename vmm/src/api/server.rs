@@ -1,0 +1,243 @@
+//! The socket: who may connect, how many, how much, and how it goes away.
+
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream as StdStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use rustix::fs::Mode;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::{JoinHandle, JoinSet};
+
+use super::instance::Instance;
+use super::routes;
+
+/// The longest path of a Unix socket: `sun_path` has 108 bytes, and one ends it.
+pub const MAX_SOCKET_PATH_BYTES: usize = 107;
+/// Connections served at once; more wait in the socket's queue.
+const MAX_CONNECTIONS: usize = 64;
+/// Headers of a request.
+const MAX_HEADERS: usize = 64;
+/// Bytes of a request's line and headers, and of what is buffered of a body.
+const MAX_BUFFER_BYTES: usize = 64 << 10;
+/// How long a client may take to send its headers, and an idle connection stays open.
+const HEADER_DEADLINE: Duration = Duration::from_secs(30);
+/// How long answers that are under way are given at the end.
+const GRACE: Duration = Duration::from_secs(2);
+/// The pause after a connection could not be accepted, for want of file descriptors for example.
+const AFTER_FAILURE: Duration = Duration::from_millis(100);
+
+/// Why there is no socket.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// The system's bound.
+    #[error(
+        "the socket path {path:?} has {} bytes, and a Unix socket's may have {MAX_SOCKET_PATH_BYTES}: choose a \
+         shorter one with --api-sock or --run-dir",
+        path.as_os_str().len()
+    )]
+    TooLong {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Someone answers there.
+    #[error("another process answers on the socket {path:?}: choose another --api-sock, or stop that VM")]
+    InUse {
+        /// The path.
+        path: PathBuf,
+    },
+    /// It is something else.
+    #[error("{path:?} is there and is not a socket: choose another --api-sock, or remove it")]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The system refused.
+    #[error("make the socket {path:?}")]
+    Bind {
+        /// The path.
+        path: PathBuf,
+        /// The system's error.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A socket that is bound, so that its name is taken, and not served yet. Unlinked on drop.
+#[derive(Debug)]
+pub struct Socket {
+    listener: std::os::unix::net::UnixListener,
+    path: PathBuf,
+}
+
+impl Socket {
+    /// Binds `path`, for this user alone. What a process that is gone left there is removed first.
+    ///
+    /// # Errors
+    /// [`SocketError`] naming the path.
+    pub fn bind(path: &Path) -> Result<Self, SocketError> {
+        let bind = |source| SocketError::Bind {
+            path: path.to_owned(),
+            source,
+        };
+        if path.as_os_str().as_bytes().len() > MAX_SOCKET_PATH_BYTES {
+            return Err(SocketError::TooLong {
+                path: path.to_owned(),
+            });
+        }
+        match std::fs::symlink_metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(bind(error)),
+            Ok(meta) if !meta.file_type().is_socket() => {
+                return Err(SocketError::NotASocket {
+                    path: path.to_owned(),
+                });
+            }
+            Ok(_) => match StdStream::connect(path) {
+                // Only what certainly has no owner is removed.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    std::fs::remove_file(path).map_err(bind)?;
+                }
+                Ok(_) => {
+                    return Err(SocketError::InUse {
+                        path: path.to_owned(),
+                    });
+                }
+                Err(error) => return Err(bind(error)),
+            },
+        }
+        // The mask makes the socket private from its first instant; a chmod after would leave a gap. It is the
+        // process's: a file that another thread makes meanwhile gets fewer permissions, never more.
+        let before = rustix::process::umask(Mode::from_raw_mode(0o177));
+        let bound = std::os::unix::net::UnixListener::bind(path);
+        rustix::process::umask(before);
+        let listener = bound.map_err(bind)?;
+        let socket = Self {
+            listener,
+            path: path.to_owned(),
+        };
+        socket.listener.set_nonblocking(true).map_err(bind)?;
+        Ok(socket)
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // Gone already is fine.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// A control socket that is served.
+#[derive(Debug)]
+pub struct Server {
+    socket: Socket,
+    stop: watch::Sender<bool>,
+    accepting: JoinHandle<()>,
+}
+
+impl Server {
+    /// Serves `instance` on `socket`. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// When the runtime does not take the socket.
+    pub fn start(socket: Socket, instance: Arc<Instance>) -> Result<Self, SocketError> {
+        let failed = |source| SocketError::Bind {
+            path: socket.path.clone(),
+            source,
+        };
+        let listener = socket
+            .listener
+            .try_clone()
+            .and_then(UnixListener::from_std)
+            .map_err(failed)?;
+        let (stop, stopped) = watch::channel(false);
+        let accepting = tokio::spawn(accept(listener, instance, stopped));
+        Ok(Self {
+            socket,
+            stop,
+            accepting,
+        })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.socket.path()
+    }
+
+    /// Takes no more requests and gives the answers under way a moment to be sent.
+    pub async fn shut_down(self) {
+        self.stop.send_replace(true);
+        if self.accepting.await.is_err() {
+            tracing::warn!(socket = ?self.socket.path(), "the control socket's server failed");
+        }
+    }
+}
+
+async fn accept(listener: UnixListener, instance: Arc<Instance>, mut stop: watch::Receiver<bool>) {
+    let router = routes::router(instance);
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        // Never closed, so a place always comes.
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+            break;
+        };
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = stop.wait_for(|stop| *stop) => break,
+        };
+        while connections.try_join_next().is_some() {}
+        match accepted {
+            Ok((stream, _)) => {
+                let (router, stop) = (router.clone(), stop.clone());
+                connections.spawn(async move {
+                    serve(stream, router, stop).await;
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a control connection could not be accepted");
+                tokio::time::sleep(AFTER_FAILURE).await;
+            }
+        }
+    }
+    let all = async { while connections.join_next().await.is_some() {} };
+    if tokio::time::timeout(GRACE, all).await.is_err() {
+        connections.shutdown().await;
+    }
+}
+
+async fn serve(stream: UnixStream, router: axum::Router, mut stop: watch::Receiver<bool>) {
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_DEADLINE)
+        .max_headers(MAX_HEADERS)
+        .max_buf_size(MAX_BUFFER_BYTES)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    let mut connection = std::pin::pin!(connection);
+    let stopped = async { drop(stop.wait_for(|stop| *stop).await) };
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = stopped => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "control connection");
+    }
+}

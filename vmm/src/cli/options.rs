@@ -1,0 +1,131 @@
+//! Options that `run` and `restore` share.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use segment::VmId;
+
+use super::{CliError, rundir, size};
+use crate::config::{StoreConfig, VmConfig};
+use crate::session::Protection;
+
+/// Where the VMs of this host are found.
+#[derive(Debug, Clone, Args)]
+pub(super) struct RunDir {
+    /// Folder of the control sockets, one folder a VM [default: $XDG_RUNTIME_DIR/understudy, /run/understudy for
+    /// root, else /tmp/understudy-UID]
+    #[arg(long, env = "UNDERSTUDY_RUN_DIR", value_name = "DIR", hide_env = true)]
+    run_dir: Option<PathBuf>,
+}
+
+impl RunDir {
+    pub(super) fn path(&self) -> PathBuf {
+        rundir::run_dir(self.run_dir.as_deref())
+    }
+}
+
+/// Where checkpoints go.
+#[derive(Debug, Clone, Args)]
+pub(super) struct Keeping {
+    /// Folder of the VM's own checkpoints [default: $XDG_STATE_HOME/understudy/vms/NAME, for root
+    /// /var/lib/understudy/vms/NAME]
+    #[arg(long, value_name = "DIR")]
+    store: Option<PathBuf>,
+    /// The most that folder may hold, like 10G (powers of 1024)
+    #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
+    store_budget: Option<u64>,
+    /// Standby agents that hold copies
+    #[arg(long, value_name = "HOST:PORT,..", value_delimiter = ',')]
+    protect_to: Vec<String>,
+    /// Time from one checkpoint to the next, when protected [default: 200ms]
+    #[arg(long, value_name = "TIME", value_parser = size::millis)]
+    every: Option<u64>,
+    /// How many holders must have a checkpoint for it to count [default: a majority]
+    #[arg(long, value_name = "N")]
+    ack_quorum: Option<usize>,
+    /// The agent that keeps the registry [default: the one the holders name]
+    #[arg(long, value_name = "HOST:PORT")]
+    registry: Option<String>,
+}
+
+impl Keeping {
+    /// Puts what was given into a configuration; what was not stays as it is there.
+    pub(super) fn apply(&self, config: &mut VmConfig) -> Result<(), CliError> {
+        if let Some(path) = &self.store {
+            let budget_bytes = config.store.as_ref().and_then(|store| store.budget_bytes);
+            config.store = Some(StoreConfig {
+                path: path.clone(),
+                budget_bytes,
+            });
+        }
+        if let (Some(store), Some(budget)) = (&mut config.store, self.store_budget) {
+            store.budget_bytes = Some(budget);
+        }
+        let holders: Vec<String> = self
+            .protect_to
+            .iter()
+            .map(|holder| holder.trim().to_owned())
+            .filter(|holder| !holder.is_empty())
+            .collect();
+        if !holders.is_empty() {
+            let before = config.protection.take();
+            config.protection = Some(Protection {
+                holders,
+                every_ms: before.as_ref().map_or(200, |before| before.every_ms),
+                ack_quorum: before.as_ref().and_then(|before| before.ack_quorum),
+                registry: before.and_then(|before| before.registry),
+            });
+        }
+        match &mut config.protection {
+            Some(protection) => {
+                protection.every_ms = self.every.unwrap_or(protection.every_ms);
+                protection.ack_quorum = self.ack_quorum.or(protection.ack_quorum);
+                protection.registry = self.registry.clone().or_else(|| protection.registry.take());
+            }
+            // An empty list (`--protect-to ""`) is an answer too.
+            None if self.protect_to.is_empty()
+                && (self.every.is_some() || self.ack_quorum.is_some() || self.registry.is_some()) =>
+            {
+                return Err(CliError::Said(
+                    "--every, --ack-quorum and --registry say how a VM is protected: say to where with --protect-to \
+                     HOST:PORT"
+                        .into(),
+                ));
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// The store's bound, for a store whose folder is not in the configuration.
+    pub(super) fn budget(&self) -> Option<u64> {
+        self.store_budget
+    }
+
+    /// The store's folder.
+    pub(super) fn store(&self, name: &VmId, config: &VmConfig) -> PathBuf {
+        config
+            .store
+            .as_ref()
+            .map_or_else(|| rundir::default_store(name), |store| store.path.clone())
+    }
+}
+
+/// How the process runs.
+#[derive(Debug, Clone, Args)]
+pub(super) struct Manner {
+    /// Go on in the background, the console in a file, and return when the VM runs
+    #[arg(long)]
+    pub(super) detach: bool,
+    /// Add what the guest says to this file
+    #[arg(long, value_name = "FILE")]
+    pub(super) console_log: Option<PathBuf>,
+    /// This is the process that went on in the background.
+    #[arg(long, hide = true)]
+    pub(super) detached_child: bool,
+}
+
+/// The path as it is from every folder.
+pub(super) fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}

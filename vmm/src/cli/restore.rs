@@ -1,0 +1,206 @@
+//! `vmm restore`.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use migrate::store::FsStore;
+use segment::{Generation, SegmentName, SegmentReader, VmId};
+
+use super::host::{self, Audience, Host};
+use super::logging::Log;
+use super::options::{Keeping, Manner, RunDir, absolute};
+use super::{CliError, Outcome, on_runtime};
+use crate::api::instance::{Identity, Origin};
+use crate::config::VmConfig;
+use crate::session::RestoreFrom;
+
+/// Runs a VM from a checkpoint: from a store (of a VM or of an agent), or from segment files.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Exit status: 0 the guest ended or was stopped, 1 an error, 3 fenced, 4 the guest cannot go \
+                        on.\nExamples:\n  vmm restore --name web                      # its newest checkpoint here\n  \
+                        vmm restore web/1/42 --name web             # that one\n  \
+                        vmm restore --from /data/store web --name copy --store /tmp/copy\n  \
+                        vmm restore --name web full.seg delta.seg   # a chain of files"
+)]
+pub(super) struct Restore {
+    /// Folder of the store to take the checkpoint from [default: the VM's own]
+    #[arg(long, value_name = "DIR")]
+    from: Option<PathBuf>,
+    /// The checkpoint, <vm>/<generation>/<epoch> [default: the newest that is whole]
+    #[arg(long, value_name = "NAME")]
+    segment: Option<SegmentName>,
+    /// A VM or a checkpoint in the store, or the segment files of a chain
+    #[arg(value_name = "VM|CHECKPOINT|FILES")]
+    what: Vec<PathBuf>,
+    /// The VM's id here [default: as in the checkpoint]
+    #[arg(long)]
+    name: Option<String>,
+    /// The generation that the registry has given this process
+    #[arg(long, value_name = "G")]
+    generation: Option<u64>,
+    #[command(flatten)]
+    keeping: Keeping,
+    #[command(flatten)]
+    run_dir: RunDir,
+    /// Path of the control socket [default: RUN_DIR/NAME/api.sock]
+    #[arg(long, value_name = "PATH")]
+    api_sock: Option<PathBuf>,
+    /// Say with one line of JSON on standard output that the VM runs, or why not, and nothing else there
+    #[arg(long)]
+    ready_stdout: bool,
+    /// Leave it paused
+    #[arg(long)]
+    paused: bool,
+    #[command(flatten)]
+    manner: Manner,
+}
+
+/// What the arguments mean.
+struct Wanted {
+    name: VmId,
+    from: RestoreFrom,
+}
+
+impl Restore {
+    pub(super) fn run(self) -> Result<Outcome, CliError> {
+        if self.manner.detach && !self.manner.detached_child {
+            self.host()?;
+            return super::detach::detach();
+        }
+        let audience = self.audience();
+        let log = Log::start(if audience == Audience::Terminal {
+            "warn"
+        } else {
+            "info"
+        })
+        .map_err(CliError::Said)?;
+        let result = self.host().and_then(|host| on_runtime(host.run(&log)));
+        result.or_else(|error| host::tell_failure(audience, error))
+    }
+
+    fn audience(&self) -> Audience {
+        match (self.manner.detached_child, self.ready_stdout) {
+            (true, _) => Audience::Parent { detached: true },
+            (false, true) => Audience::Parent { detached: false },
+            (false, false) => Audience::Terminal,
+        }
+    }
+
+    fn host(&self) -> Result<Host, CliError> {
+        let mut config = VmConfig::default();
+        self.keeping.apply(&mut config)?;
+        let Wanted { name, from } = self.wanted(&config)?;
+        let run_dir = self.run_dir.path();
+        let console_log = match (&self.manner.console_log, self.audience()) {
+            (Some(log), _) => Some(absolute(log)),
+            (None, Audience::Parent { detached: true }) => {
+                Some(run_dir.join(name.as_str()).join("console.log"))
+            }
+            (None, Audience::Parent { detached: false } | Audience::Terminal) => None,
+        };
+        Ok(Host {
+            identity: Identity {
+                store: self.keeping.store(&name, &config),
+                store_budget: self.keeping.budget(),
+                generation: self.generation.map(Generation),
+                name,
+            },
+            config,
+            start: Some((Origin::Restore(from), !self.paused)),
+            run_dir,
+            api_sock: self.api_sock.as_deref().map(absolute),
+            console_log,
+            audience: self.audience(),
+            // Who was given a generation is the owner, whatever process of an earlier one is still there.
+            over_older: self.generation.is_some(),
+        })
+    }
+
+    fn wanted(&self, config: &VmConfig) -> Result<Wanted, CliError> {
+        let given = self.name.as_deref().map(VmId::new).transpose()?;
+        let text = |path: &Path| path.to_str().map(str::to_owned);
+        let one = match self.what.as_slice() {
+            [one] if !one.is_file() => text(one),
+            _ => None,
+        };
+        if let Some(one) = one.filter(|_| self.segment.is_none()) {
+            if let Ok(segment) = one.parse::<SegmentName>() {
+                return Ok(self.in_store(given, segment.vm.clone(), Some(segment), config));
+            }
+            if let Ok(vm) = VmId::new(&one) {
+                return self.newest(given, vm, config);
+            }
+        }
+        match (&self.segment, self.what.is_empty(), given) {
+            (Some(segment), true, given) => {
+                Ok(self.in_store(given, segment.vm.clone(), Some(segment.clone()), config))
+            }
+            (None, true, Some(name)) => self.newest(Some(name.clone()), name, config),
+            (None, true, None) => Err(CliError::Said(
+                "nothing to restore is named: give a VM, a checkpoint (--segment web/1/42), or segment files"
+                    .into(),
+            )),
+            (None, false, _) if self.from.is_some() => Err(CliError::Said(
+                "--from names a store: name a VM or a checkpoint in it, and no files".into(),
+            )),
+            (None, false, given) => self.files(given),
+            (Some(_), false, _) => Err(CliError::Said(
+                "--segment names the checkpoint: name no other beside it".into(),
+            )),
+        }
+    }
+
+    /// The store to take from: the one that was named, or the VM's own.
+    fn source(&self, vm: &VmId, config: &VmConfig) -> PathBuf {
+        self.from
+            .clone()
+            .unwrap_or_else(|| self.keeping.store(vm, config))
+    }
+
+    fn in_store(
+        &self,
+        given: Option<VmId>,
+        vm: VmId,
+        segment: Option<SegmentName>,
+        config: &VmConfig,
+    ) -> Wanted {
+        let dir = self.source(&vm, config);
+        Wanted {
+            name: given.unwrap_or(vm),
+            from: RestoreFrom::Store { dir, segment },
+        }
+    }
+
+    /// The newest whole checkpoint of `vm`, found here: under another name the session would look for that one's.
+    fn newest(&self, given: Option<VmId>, vm: VmId, config: &VmConfig) -> Result<Wanted, CliError> {
+        let dir = self.source(&vm, config);
+        let store = FsStore::open_read_only(&dir).map_err(crate::session::SessionError::Store)?;
+        let Some(newest) = store.newest_complete(&vm) else {
+            return Err(crate::session::SessionError::NothingToRestore { dir, vm }.into());
+        };
+        Ok(self.in_store(given, vm, Some(newest.name), config))
+    }
+
+    fn files(&self, given: Option<VmId>) -> Result<Wanted, CliError> {
+        let name = match given {
+            Some(name) => name,
+            None => {
+                let Some(first) = self.what.first() else {
+                    return Err(CliError::Said("no file is named".into()));
+                };
+                let file = std::fs::File::open(first)
+                    .map_err(CliError::io(format!("open the segment {first:?}")))?;
+                let reader = SegmentReader::open(file).map_err(|source| CliError::Segment {
+                    path: first.clone(),
+                    source,
+                })?;
+                reader.manifest().name.vm.clone()
+            }
+        };
+        Ok(Wanted {
+            name,
+            from: RestoreFrom::Files(self.what.clone()),
+        })
+    }
+}
