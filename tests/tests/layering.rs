@@ -149,7 +149,7 @@ fn inside_the_monitor_few_places_know_the_layers_below() {
             );
         }
         if code("segment::") {
-            let may = ["state", "replica", "session", "api", "cli", "bin"];
+            let may = ["state", "replica", "session", "config", "api", "cli", "bin"];
             assert!(may.contains(&top), "{inside} names segment");
         }
     }

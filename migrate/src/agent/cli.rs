@@ -155,7 +155,7 @@ impl Cli {
         match done {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                eprintln!("standby: {}", in_full(&error));
+                eprintln!("error: {}", in_full(&error));
                 ExitCode::FAILURE
             }
         }
