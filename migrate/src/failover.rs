@@ -414,7 +414,8 @@ impl Plan {
         let open = holders.saturating_sub(sealed.len() + failed.len());
         // A dry run waits for everyone, to tell the whole picture.
         let enough = sealed.len() >= needed && (open == 0 || !self.dry_run);
-        if !enough && (sealed.len() + open < needed || open == 0) {
+        // Everyone is heard before it is given up: the message names all who are missing.
+        if !enough && open == 0 {
             let failures: Vec<_> = failed
                 .iter()
                 .map(|(holder, why)| format!("{holder} ({why})"))

@@ -14,9 +14,14 @@
 //! bytes away. And the holder may soon *be* there, so [`Spool::pin`] notes that, and no merge swallows the place
 //! until the holder says where it is.
 //!
+//! The bound has to hold a full checkpoint beside the newest one: with less, a holder that needs a full one never gets
+//! it, and each try is refused by the store as too large.
+//!
 //! What it never does: it does not delay the guest, and it does not talk to holders.
 
 pub mod plan;
+#[cfg(test)]
+mod plan_tests;
 #[cfg(test)]
 mod tests;
 

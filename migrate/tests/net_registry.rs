@@ -1,4 +1,5 @@
 //! The conformance suite of a registry, against the embedded one and the same over the wire; and its file.
+#![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
 mod net_common;
 

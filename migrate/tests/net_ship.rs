@@ -1,4 +1,5 @@
 //! Shipping over real TCP between a shipper and agents in this process.
+#![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
 mod net_common;
 

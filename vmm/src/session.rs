@@ -6,7 +6,7 @@
 //!                                  +------------------- Fenced, NeedFull, Committed ---------------+
 //! ```
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use migrate::protect::{CheckpointRequest, Parent, ProtectOptions, Protector};
 use migrate::registry::VmState;
 use migrate::shipper::{Shipper, ShipperConfig};
 use migrate::spool::Spool;
-use migrate::store::{Durability, FsStore};
+use migrate::store::{Durability, FsStore, StoreError};
 use segment::{Generation, SegmentName, VmId};
 use tokio::sync::mpsc;
 
@@ -118,7 +118,7 @@ impl Session {
         machine: MachineConfig,
         source: &BootSource,
     ) -> Result<Self, SessionError> {
-        let store = open_store(&config)?;
+        let store = open_store(&config, machine.memory_bytes)?;
         // The machine before the registry: a kernel that is none must not leave a VM behind in the cluster.
         let source = source.clone();
         let vm = blocking(move || VmHandle::start(|outbox, ended| Vm::boot(machine, &source, outbox, ended)))
@@ -142,8 +142,7 @@ impl Session {
     /// # Errors
     /// [`SessionError`]; nothing runs, and the checkpoint is as it was.
     pub async fn restore(config: SessionConfig, from: RestoreFrom) -> Result<Self, SessionError> {
-        let store = open_store(&config)?;
-        let plan = load_plan(&config, &store, &from)?;
+        let plan = load_plan(&config, &from)?;
         let tip = plan.manifest().name.clone();
         let records = plan.records()?;
         let saved = state::from_records(&records).map_err(|source| SessionError::State {
@@ -151,6 +150,7 @@ impl Session {
             source,
         })?;
         check_space(&plan, saved.config.memory_bytes)?;
+        let store = open_store(&config, saved.config.memory_bytes)?;
         let manifest = plan.manifest();
         let parent = Parent {
             name: tip.clone(),
@@ -493,15 +493,23 @@ fn cores() -> usize {
 /// Links after which a periodic checkpoint is full: a restore never reads more.
 const MAX_LINKS: u32 = 1000;
 
-fn open_store(config: &SessionConfig) -> Result<Arc<FsStore>, SessionError> {
+/// What the local store of a protected VM may take at least, beside its memory's share.
+const SPOOL_BYTES: u64 = 256 << 20;
+
+fn open_store(config: &SessionConfig, memory_bytes: u64) -> Result<Arc<FsStore>, SessionError> {
     // A protected VM's local store dies with its host and is only a way to the holders; without holders it is all
     // there is.
-    let durability = if config.protection.is_some() {
-        Durability::Spool
-    } else {
-        Durability::Durable
+    let (durability, usual) = match config.protection {
+        // Room for a full checkpoint beside the one before it and the deltas meanwhile: with less, a holder that
+        // lags too far could never be given a new start.
+        Some(_) => (Durability::Spool, Some(3 * memory_bytes + SPOOL_BYTES)),
+        None => (Durability::Durable, None),
     };
-    Ok(FsStore::open(&config.store, config.store_budget, durability)?)
+    Ok(FsStore::open(
+        &config.store,
+        config.store_budget.or(usual),
+        durability,
+    )?)
 }
 
 /// Who this process is for the cluster, and under which generation.
@@ -526,14 +534,19 @@ async fn own(
     Ok((Some(ownership), generation))
 }
 
-fn load_plan(config: &SessionConfig, own: &FsStore, from: &RestoreFrom) -> Result<LoadPlan, SessionError> {
+fn load_plan(config: &SessionConfig, from: &RestoreFrom) -> Result<LoadPlan, SessionError> {
     match from {
         RestoreFrom::Files(paths) => Ok(LoadPlan::from_files(paths)?),
-        RestoreFrom::Store { dir, segment } if same_folder(dir, own.dir()) => {
-            plan_from(config, own, segment.as_ref())
-        }
         RestoreFrom::Store { dir, segment } => {
-            plan_from(config, FsStore::open_read_only(dir)?.as_ref(), segment.as_ref())
+            let store = FsStore::open_read_only(dir).map_err(|error| match error {
+                // A folder without a store has no chain either; said in the terms of what was asked for.
+                StoreError::NoStore { .. } => SessionError::NothingToRestore {
+                    dir: dir.clone(),
+                    vm: config.name.clone(),
+                },
+                error => error.into(),
+            })?;
+            plan_from(config, &store, segment.as_ref())
         }
     }
 }
@@ -554,10 +567,6 @@ fn plan_from(
             })?,
     };
     Ok(LoadPlan::new(store, &tip)?)
-}
-
-fn same_folder(a: &Path, b: &Path) -> bool {
-    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
 /// The memory the records speak of is the memory the pages are for.

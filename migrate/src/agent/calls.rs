@@ -43,7 +43,7 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, mut link: Link<S>) -
             other => other?,
         };
         let call = match next.message {
-            Message::Call(call) => call,
+            Message::Call(call) => *call,
             Message::Ping(_) => continue,
             other => {
                 let why = format!("{} came where Call was due", other.kind().name());
@@ -58,12 +58,17 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, mut link: Link<S>) -
                 () = tokio::time::sleep(PING_EVERY) => link.writer.send(0, &Message::Ping(Ping {})).await?,
             }
         };
-        let sent = link.writer.send(next.stream, &Message::Reply(reply)).await;
+        let sent = link
+            .writer
+            .send(next.stream, &Message::Reply(Box::new(reply)))
+            .await;
         if let Err(TransportError::Wire { source, .. }) = &sent {
             let reply = Reply::Failed(Failure {
                 why: format!("the answer is too long: {source}"),
             });
-            link.writer.send(next.stream, &Message::Reply(reply)).await?;
+            link.writer
+                .send(next.stream, &Message::Reply(Box::new(reply)))
+                .await?;
             continue;
         }
         sent?;
@@ -357,7 +362,9 @@ async fn stream<W: tokio::io::AsyncWrite + Unpin>(
                 let failure = Failure {
                     why: format!("read the segment at byte {at}: {error}"),
                 };
-                return writer.send(stream, &Message::Reply(Reply::Failed(failure))).await;
+                return writer
+                    .send(stream, &Message::Reply(Box::new(Reply::Failed(failure))))
+                    .await;
             }
         }
         at += len;

@@ -121,7 +121,7 @@ enum CliError {
     NoAgent {
         address: String,
         #[source]
-        source: TransportError,
+        source: Box<TransportError>,
     },
     #[error(transparent)]
     Call(#[from] CallError),
@@ -229,7 +229,7 @@ async fn connect(agent: &str) -> Result<Client, CliError> {
         .map_err(|source| match source {
             source @ (TransportError::Connect { .. } | TransportError::Timeout { .. }) => CliError::NoAgent {
                 address: agent.to_owned(),
-                source,
+                source: Box::new(source),
             },
             other => CliError::Call(other.into()),
         })

@@ -144,12 +144,15 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, link: Link<S>) {
     }
 }
 
+/// A segment on its way in; or why it cannot be taken any more.
+type Arriving = Result<Incoming, (RefuseReason, String)>;
+
 /// The disk's side of one connection.
 struct Disk {
     store: Arc<FsStore>,
     generation: Generation,
     /// What is on its way in; none of one whose write failed.
-    transfers: HashMap<u32, (Offer, Result<Incoming, (RefuseReason, String)>)>,
+    transfers: HashMap<u32, (Offer, Arriving)>,
     /// The checkpoint that was last found or made complete: what stands on it needs no look at its chain.
     complete: Option<Held>,
 }

@@ -162,7 +162,7 @@ async fn ready(child: &mut Child) -> Result<Ready, String> {
             Err(format!("it ended without a word ({status})"))
         }
         Ok(_) => serde_json::from_str(&line).map_err(|e| {
-            let line: String = line.chars().take(200).collect();
+            let line: String = line.trim_end().chars().take(200).collect();
             format!("it said {line:?} where a line of JSON was due: {e}")
         }),
         Err(e) => Err(format!("read its output: {e}")),

@@ -265,7 +265,7 @@ impl Holder {
                         bytes,
                         created_unix_ns,
                         ..
-                    } = entry;
+                    } = *entry;
                     let offer = Offer {
                         generation,
                         name,
@@ -327,7 +327,7 @@ impl Holder {
 }
 
 enum Found {
-    Segment(File, Entry),
+    Segment(File, Box<Entry>),
     UpToDate,
     NeedFull,
 }
@@ -345,7 +345,7 @@ fn look_up(spool: &Spool, holder: &str, after: Option<&Held>) -> Result<Found, S
         match spool.pin(holder, &named.name) {
             // Merged between the two: what it stands on now may not be what the holder has.
             Ok((_, entry)) if entry.kind != named.kind && tries < PIN_TRIES => {}
-            Ok((file, entry)) => return Ok(Found::Segment(file, entry)),
+            Ok((file, entry)) => return Ok(Found::Segment(file, Box::new(entry))),
             Err(StoreError::NotHeld { .. }) if tries < PIN_TRIES => {}
             Err(e) => return Err(e),
         }

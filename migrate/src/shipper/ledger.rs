@@ -127,7 +127,7 @@ impl Ledger {
     }
 
     /// At most `limit` committed checkpoints that the registry does not know, and how many were given up before.
-    pub(super) fn to_register(&mut self, limit: usize) -> (Vec<SegmentRecord>, u64) {
+    pub(super) fn take_unregistered(&mut self, limit: usize) -> (Vec<SegmentRecord>, u64) {
         let given_up = std::mem::take(&mut self.given_up);
         let Some(committed) = &self.committed else {
             return (Vec::new(), given_up);
@@ -215,17 +215,17 @@ mod tests {
         for epoch in 1..=3 {
             l.stored(0, &offer(epoch));
         }
-        assert!(l.to_register(10).0.is_empty());
+        assert!(l.take_unregistered(10).0.is_empty());
         l.stored(1, &offer(2));
-        let (records, _) = l.to_register(1);
+        let (records, _) = l.take_unregistered(1);
         assert_eq!(records.iter().map(|r| r.name.epoch.0).collect::<Vec<_>>(), [1]);
         l.put_back(records);
-        let (records, _) = l.to_register(10);
+        let (records, _) = l.take_unregistered(10);
         assert_eq!(
             records.iter().map(|r| r.holders.len()).collect::<Vec<_>>(),
             [1, 2]
         );
-        assert!(l.to_register(10).0.is_empty());
+        assert!(l.take_unregistered(10).0.is_empty());
     }
 
     #[test]
@@ -235,6 +235,6 @@ mod tests {
             l.stored(0, &offer(epoch));
         }
         assert_eq!(l.unregistered.len(), MAX_UNREGISTERED);
-        assert_eq!(l.to_register(1).1, 10);
+        assert_eq!(l.take_unregistered(1).1, 10);
     }
 }

@@ -39,7 +39,7 @@ async fn flush(
     stop: &mut watch::Receiver<bool>,
 ) -> bool {
     loop {
-        let (records, given_up) = shared.ledger().to_register(BATCH);
+        let (records, given_up) = shared.ledger().take_unregistered(BATCH);
         if given_up > 0 {
             tracing::warn!(
                 count = given_up,
@@ -86,7 +86,7 @@ async fn flush(
 
 /// What is left when the shipper ends, once.
 pub(super) async fn last(shared: &Shared, registry: &Registry) {
-    let (records, _) = shared.ledger().to_register(MAX_REGISTER_SEGMENTS);
+    let (records, _) = shared.ledger().take_unregistered(MAX_REGISTER_SEGMENTS);
     if records.is_empty() {
         return;
     }

@@ -88,11 +88,11 @@ impl<S: ByteStream> Client<S> {
         let peer = self.link.peer().to_owned();
         let link = &mut self.link;
         let answer = within(&peer, "answer", deadline, async {
-            link.writer.send(stream, &Message::Call(call)).await?;
+            link.writer.send(stream, &Message::Call(Box::new(call))).await?;
             loop {
                 let incoming = within(&peer, "say that it lives", DEAD_AFTER, link.reader.next()).await?;
                 match incoming.message {
-                    Message::Reply(reply) if incoming.stream == stream => return Ok(reply),
+                    Message::Reply(reply) if incoming.stream == stream => return Ok(*reply),
                     Message::Ping(_) => {}
                     other => return Err(unexpected(&peer, &other, "Reply")),
                 }
@@ -116,9 +116,10 @@ impl<S: ByteStream> Client<S> {
             match next.message {
                 Message::Chunk(bytes) if next.stream == self.last => return Ok(Some(bytes)),
                 Message::End(_) if next.stream == self.last => return Ok(None),
-                Message::Reply(Reply::Failed(failure)) if next.stream == self.last => {
-                    return Err(failure.into());
-                }
+                Message::Reply(reply) if next.stream == self.last => match *reply {
+                    Reply::Failed(failure) => return Err(failure.into()),
+                    _ => return Err(CallError::Mismatch { peer }),
+                },
                 Message::Ping(_) => {}
                 other => return Err(unexpected(&peer, &other, "Chunk").into()),
             }

@@ -117,8 +117,8 @@ frames! {
     18 Abort(Abort) max MAX_MESSAGE_BYTES, "No more chunks of the stream come, and it shall be forgotten.";
     19 Stored(Ack) max MAX_MESSAGE_BYTES, "The segment is stored durably.";
     20 Fenced(Fenced) max MAX_MESSAGE_BYTES, "The holder has promised a higher generation.";
-    32 Call(Call) max MAX_CALL_BYTES, "A question to a registry or an agent.";
-    33 Reply(Reply) max MAX_REPLY_BYTES, "Its answer, on the call's stream.";
+    32 Call(Box<Call>) max MAX_CALL_BYTES, "A question to a registry or an agent.";
+    33 Reply(Box<Reply>) max MAX_REPLY_BYTES, "Its answer, on the call's stream.";
 }
 
 fn put<T: Encode<()>>(body: &T, out: &mut Vec<u8>) {

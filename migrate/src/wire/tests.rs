@@ -182,17 +182,17 @@ fn golden() -> Vec<(Message, &'static str)> {
             "555346311400000005000000 0a000000 a3 00 63 776562 01 02 02 03",
         ),
         (
-            Message::Call(Call::Seal(SealCall {
+            Message::Call(Box::new(Call::Seal(SealCall {
                 vm: vm(),
                 generation: Generation(3),
-            })),
+            }))),
             "555346312000000005000000 0b000000 82 06 81 a2 00 63 776562 01 03",
         ),
         (
-            Message::Reply(Reply::Sealed(SealReport {
+            Message::Reply(Box::new(Reply::Sealed(SealReport {
                 generation: Generation(3),
                 newest: None,
-            })),
+            }))),
             "555346312100000005000000 06000000 82 07 81 a1 00 03",
         ),
     ]
@@ -274,7 +274,7 @@ fn calls() -> Vec<Message> {
         Call::Fetch(NameCall { name: name(1) }),
     ];
     let calls = requests.into_iter().map(Call::Registry).chain(calls);
-    calls.map(Message::Call).collect()
+    calls.map(|c| Message::Call(Box::new(c))).collect()
 }
 
 fn replies() -> Vec<Message> {
@@ -410,7 +410,7 @@ fn replies() -> Vec<Message> {
     registry
         .chain(refused)
         .chain(replies)
-        .map(Message::Reply)
+        .map(|r| Message::Reply(Box::new(r)))
         .collect()
 }
 

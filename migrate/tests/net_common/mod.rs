@@ -1,6 +1,9 @@
 //! What the network tests share: synthetic checkpoints, agents in this process, and waiting for conditions.
 #![allow(dead_code, unreachable_pub, reason = "each test uses its part")]
 
+pub mod model;
+pub mod process;
+
 use std::io::Cursor;
 use std::path::Path;
 use std::sync::Arc;

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -69,11 +69,13 @@ pub enum SocketError {
     },
 }
 
-/// A socket that is bound, so that its name is taken, and not served yet. Unlinked on drop.
+/// A socket that is bound, so that its name is taken, and not served yet. Unlinked on drop, unless another has its
+/// name by then.
 #[derive(Debug)]
 pub struct Socket {
     listener: std::os::unix::net::UnixListener,
     path: PathBuf,
+    identity: Option<(u64, u64)>,
 }
 
 impl Socket {
@@ -121,6 +123,7 @@ impl Socket {
         let socket = Self {
             listener,
             path: path.to_owned(),
+            identity: identity(path),
         };
         socket.listener.set_nonblocking(true).map_err(bind)?;
         Ok(socket)
@@ -135,9 +138,17 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // Gone already is fine.
-        let _ = std::fs::remove_file(&self.path);
+        if self.identity.is_some() && identity(&self.path) == self.identity {
+            // Gone already is fine.
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
+}
+
+/// Device and inode of what is there.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let there = std::fs::symlink_metadata(path).ok()?;
+    Some((there.dev(), there.ino()))
 }
 
 /// A control socket that is served.

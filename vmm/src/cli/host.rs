@@ -63,6 +63,8 @@ pub(super) struct Host {
     pub(super) audience: Audience,
     /// See [`Place::take`].
     pub(super) over_older: bool,
+    /// The VM's name was made up, so nobody can ask for its checkpoints when it is gone: they go with it.
+    pub(super) nameless: bool,
 }
 
 /// The one line that the parent waits for.
@@ -97,7 +99,6 @@ pub(super) fn tell_failure(audience: Audience, error: CliError) -> Result<Outcom
         return Err(error);
     }
     let why = crate::session::chain(&error);
-    tracing::error!(error = %why, "the VM does not run");
     let line = Ready {
         state: "failed",
         name: None,
@@ -163,9 +164,10 @@ impl Host {
             .await;
         server.shut_down().await;
         match &result {
-            Ok(outcome) => self.note(place, &instance, outcome),
+            Ok(outcome) => self.note(place, outcome),
             Err(_) => drop(place),
         }
+        self.forget();
         result
     }
 
@@ -269,11 +271,10 @@ impl Host {
                 Outcome::GuestFailed("it faulted with no way on (triple fault)".into())
             }
             End::Vm(RunState::Ended(GuestEnd::Failed(why))) => Outcome::GuestFailed(why),
-            End::Vm(
-                RunState::Ended(GuestEnd::Reset) | RunState::Stopped | RunState::Paused | RunState::Running,
-            )
-            | End::Quit
-            | End::Asked => Outcome::Done,
+            End::Vm(RunState::Ended(GuestEnd::Reset)) => Outcome::Ended,
+            End::Vm(RunState::Stopped | RunState::Paused | RunState::Running) | End::Quit | End::Asked => {
+                Outcome::Done
+            }
         };
         // Of a fenced VM nothing is told to anyone: it is another's now, and its memory goes with this process.
         let stopped = match outcome {
@@ -281,7 +282,7 @@ impl Host {
                 session.vm().outbox().close();
                 Ok(())
             }
-            Outcome::Done | Outcome::GuestFailed(_) | Outcome::Failed => tokio::select! {
+            Outcome::Done | Outcome::Ended | Outcome::GuestFailed(_) | Outcome::Failed => tokio::select! {
                 stopped = instance.stop(DRAIN) => stopped.map_err(CliError::from),
                 () = signals.next() => Err(CliError::Said(
                     "ended by a second signal, before the holders had the last checkpoint".into()
@@ -295,23 +296,30 @@ impl Host {
         stopped.map(|()| outcome)
     }
 
-    /// What is left behind for `vmm ps`: of a VM that someone watched to a good end, nothing.
-    fn note(&self, place: Place, instance: &Instance, outcome: &Outcome) {
+    /// What is left behind for `vmm ps`: nothing of a VM that was stopped, or that someone watched to a good end.
+    fn note(&self, place: Place, outcome: &Outcome) {
         let (state, reason) = match outcome {
-            Outcome::Fenced(why) => ("fenced", Some(why.clone())),
-            Outcome::GuestFailed(why) => ("failed", Some(why.clone())),
-            Outcome::Done | Outcome::Failed if self.audience == Audience::Terminal => return drop(place),
-            Outcome::Done | Outcome::Failed => (
-                "ended",
-                instance
-                    .session()
-                    .and_then(|session| session.vm().state().borrow().reason()),
-            ),
+            Outcome::Fenced(why) => ("fenced", why.clone()),
+            Outcome::GuestFailed(why) => ("failed", why.clone()),
+            Outcome::Ended if self.audience != Audience::Terminal => {
+                ("ended", "the guest reset or switched itself off".into())
+            }
+            Outcome::Ended | Outcome::Done | Outcome::Failed => return drop(place),
         };
         place.leave(&EndNote {
             state: state.into(),
-            reason,
+            reason: Some(reason),
         });
+    }
+
+    /// Removes the checkpoints of a VM that nobody can name.
+    fn forget(&self) {
+        if self.nameless
+            && let Err(error) = std::fs::remove_dir_all(&self.identity.store)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, store = ?self.identity.store, "the store of a VM without a name stays behind");
+        }
     }
 }
 

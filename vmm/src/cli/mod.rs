@@ -140,6 +140,8 @@ impl CliError {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Outcome {
     Done,
+    /// The guest ended by itself.
+    Ended,
     Fenced(String),
     GuestFailed(String),
     /// It failed, and has said so.
@@ -155,10 +157,10 @@ pub fn main() -> ExitCode {
         Err(error) => error.exit(),
     };
     match cli.command.run() {
-        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Done | Outcome::Ended) => ExitCode::SUCCESS,
         Ok(Outcome::Failed) => ExitCode::FAILURE,
         Ok(Outcome::Fenced(why)) => {
-            eprintln!("error: fenced: {why}. It stands still here for good; `vmm ps` on that host shows it");
+            eprintln!("error: fenced: {why}. It can never go on here");
             ExitCode::from(FENCED)
         }
         Ok(Outcome::GuestFailed(why)) => {

@@ -55,8 +55,31 @@ impl Ps {
         if self.json {
             return print_json(&rows);
         }
-        print(format!("{}\n", table(&rows)).as_bytes())
+        print(format!("{}\n{}", table(&rows), notes(&rows)).as_bytes())
     }
+}
+
+/// What there is to say beyond the table: why a VM does not run, what is wrong with its checkpoints or holders.
+fn notes(rows: &[Row]) -> String {
+    let mut text = String::new();
+    for row in rows {
+        let status = row.status.as_ref();
+        let problem = status.and_then(|status| status.problem.as_ref());
+        let holders = status
+            .and_then(|status| status.protection.as_ref())
+            .map(|protection| &protection.holders);
+        let away = holders
+            .into_iter()
+            .flatten()
+            .filter_map(|holder| Some(format!("{}: {}", holder.address, holder.why.as_ref()?)));
+        for why in row.reason.iter().chain(problem).cloned().chain(away) {
+            text.push_str(&format!("\n{}: {why}", row.name));
+        }
+    }
+    if !text.is_empty() {
+        text.push('\n');
+    }
+    text
 }
 
 async fn row(found: Found) -> Row {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use migrate::store::FsStore;
+use migrate::store::{FsStore, StoreError};
 use segment::{Generation, SegmentName, SegmentReader, VmId};
 
 use super::host::{self, Audience, Host};
@@ -12,12 +12,13 @@ use super::options::{Keeping, Manner, RunDir, absolute};
 use super::{CliError, Outcome, on_runtime};
 use crate::api::instance::{Identity, Origin};
 use crate::config::VmConfig;
-use crate::session::RestoreFrom;
+use crate::session::{RestoreFrom, SessionError};
 
 /// Runs a VM from a checkpoint: from a store (of a VM or of an agent), or from segment files.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Exit status: 0 the guest ended or was stopped, 1 an error, 3 fenced, 4 the guest cannot go \
+    after_help = "On a terminal, Ctrl-A x ends the VM and Ctrl-A Ctrl-A is one Ctrl-A for the \
+                        guest.\nExit status: 0 the guest ended or was stopped, 1 an error, 3 fenced, 4 the guest cannot go \
                         on.\nExamples:\n  vmm restore --name web                      # its newest checkpoint here\n  \
                         vmm restore web/1/42 --name web             # that one\n  \
                         vmm restore --from /data/store web --name copy --store /tmp/copy\n  \
@@ -114,6 +115,7 @@ impl Restore {
             audience: self.audience(),
             // Who was given a generation is the owner, whatever process of an earlier one is still there.
             over_older: self.generation.is_some(),
+            nameless: false,
         })
     }
 
@@ -175,9 +177,13 @@ impl Restore {
     /// The newest whole checkpoint of `vm`, found here: under another name the session would look for that one's.
     fn newest(&self, given: Option<VmId>, vm: VmId, config: &VmConfig) -> Result<Wanted, CliError> {
         let dir = self.source(&vm, config);
-        let store = FsStore::open_read_only(&dir).map_err(crate::session::SessionError::Store)?;
-        let Some(newest) = store.newest_complete(&vm) else {
-            return Err(crate::session::SessionError::NothingToRestore { dir, vm }.into());
+        let newest = match FsStore::open_read_only(&dir) {
+            Ok(store) => store.newest_complete(&vm),
+            Err(StoreError::NoStore { .. }) => None,
+            Err(error) => return Err(SessionError::Store(error).into()),
+        };
+        let Some(newest) = newest else {
+            return Err(SessionError::NothingToRestore { dir, vm }.into());
         };
         Ok(self.in_store(given, vm, Some(newest.name), config))
     }

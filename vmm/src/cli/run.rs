@@ -16,7 +16,8 @@ use crate::config::{BootSourceConfig, VmConfig};
 /// VM and Ctrl-A Ctrl-A is one Ctrl-A for the guest.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Exit status: 0 the guest ended or was stopped, 1 an error, 3 fenced, 4 the guest cannot go \
+    after_help = "On a terminal, Ctrl-A x ends the VM and Ctrl-A Ctrl-A is one Ctrl-A for the \
+                        guest.\nExit status: 0 the guest ended or was stopped, 1 an error, 3 fenced, 4 the guest cannot go \
                         on.\nExamples:\n  vmm run --name web --kernel vmlinux --memory 512M --cpus 2\n  \
                         vmm run --name web --kernel vmlinux --protect-to 10.0.0.2:7000,10.0.0.3:7000 --detach\n  \
                         vmm run --api-sock /tmp/vm.sock    # waits for Firecracker-style requests"
@@ -91,6 +92,7 @@ impl Run {
             // Nobody could configure it.
             config.boot()?;
         }
+        let anonymous = named.is_none();
         let name = match named {
             Some(name) => name,
             // As Firecracker, which needs no name either.
@@ -102,6 +104,7 @@ impl Run {
             }
         };
         let run_dir = self.run_dir.path();
+        let nameless = anonymous && config.store.is_none();
         let console_log = match (&self.manner.console_log, self.audience()) {
             (Some(log), _) => Some(absolute(log)),
             (None, Audience::Parent { .. }) => Some(run_dir.join(name.as_str()).join("console.log")),
@@ -121,6 +124,7 @@ impl Run {
             console_log,
             audience: self.audience(),
             over_older: false,
+            nameless,
         })
     }
 

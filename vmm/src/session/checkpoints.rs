@@ -1,7 +1,8 @@
 //! The thread that takes a VM's checkpoints: at a steady pace while it is protected, and when asked.
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
+use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use migrate::protect::{CheckpointRequest, ProtectError, Protector, Taken};
@@ -34,6 +35,7 @@ enum Order {
     Take(CheckpointRequest, Reply),
     Every(Option<Duration>),
     Full,
+    Tidy,
     End(oneshot::Sender<()>),
 }
 
@@ -45,6 +47,11 @@ impl Orders {
     /// Takes the next periodic checkpoint in full.
     pub(super) fn full(&self) {
         let _ = self.0.send(Order::Full);
+    }
+
+    /// Something was committed: there may be checkpoints that nobody lacks any more.
+    pub(super) fn tidy(&self) {
+        let _ = self.0.send(Order::Tidy);
     }
 
     /// Takes one every so often, or none of its own accord.
@@ -59,6 +66,7 @@ impl std::fmt::Debug for Order {
             Self::Take(..) => "Take",
             Self::Every(_) => "Every",
             Self::Full => "Full",
+            Self::Tidy => "Tidy",
             Self::End(_) => "End",
         })
     }
@@ -85,14 +93,14 @@ impl Checkpoints {
         let thread = Thread {
             protector,
             vm,
-            spool,
+            tidy: Tidy::start(spool)?,
             progress,
             shipper: Arc::clone(&shipper),
             every: None,
             due: None,
             rested: false,
         };
-        std::thread::Builder::new()
+        Builder::new()
             .name("checkpoint".into())
             .spawn(move || thread.serve(&inbox))
             .map_err(SessionError::Thread)?;
@@ -134,10 +142,62 @@ impl Checkpoints {
     }
 }
 
+/// The thread that drops and merges in the local store: that reads and writes segments, and neither the guest nor the
+/// next checkpoint waits for it.
+struct Tidy {
+    nudges: Option<SyncSender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Tidy {
+    fn start(spool: Arc<Spool>) -> Result<Self, SessionError> {
+        // One nudge waits at most: the next look covers all that came before it.
+        let (nudges, inbox) = sync_channel(1);
+        let work = move || {
+            while inbox.recv().is_ok() {
+                if !spool.wants_room() {
+                    continue;
+                }
+                match spool.make_room() {
+                    Ok(room) => tracing::debug!(?room, "made room in the local store"),
+                    Err(error) => {
+                        tracing::warn!(error = %chain(&error), "no room could be made in the local store")
+                    }
+                }
+            }
+        };
+        let thread = Builder::new()
+            .name("tidy".into())
+            .spawn(work)
+            .map_err(SessionError::Thread)?;
+        Ok(Self {
+            nudges: Some(nudges),
+            thread: Some(thread),
+        })
+    }
+
+    fn nudge(&self) {
+        if let Some(nudges) = &self.nudges {
+            // Full: it will look anyway.
+            let _ = nudges.try_send(());
+        }
+    }
+}
+
+impl Drop for Tidy {
+    fn drop(&mut self) {
+        self.nudges = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been reported by itself.
+            let _ = thread.join();
+        }
+    }
+}
+
 struct Thread {
     protector: Protector<VmSource>,
     vm: VmHandle,
-    spool: Arc<Spool>,
+    tidy: Tidy,
     progress: Arc<Mutex<Progress>>,
     shipper: Arc<Mutex<Option<Shipper>>>,
     every: Option<Duration>,
@@ -167,6 +227,7 @@ impl Thread {
                     self.protector.request_full();
                     self.rested = false;
                 }
+                Ok(Order::Tidy) => self.tidy.nudge(),
                 Ok(Order::End(ended)) => {
                     drop(self);
                     let _ = ended.send(());
@@ -204,10 +265,6 @@ impl Thread {
     }
 
     fn take(&mut self, request: CheckpointRequest) -> Result<CheckpointReport, ProtectError> {
-        // Room first: a merge or a drop now is cheaper than a refusal after the guest was stopped.
-        if let Err(error) = self.spool.make_room() {
-            tracing::debug!(error = %chain(&error), "no room could be made in the local store");
-        }
         let result = self.protector.checkpoint(request);
         match &result {
             Ok(taken) => {
@@ -233,6 +290,7 @@ impl Thread {
         if let Some(shipper) = lock(&self.shipper).as_ref() {
             shipper.notify();
         }
+        self.tidy.nudge();
         result.map(|taken| report(&taken))
     }
 }

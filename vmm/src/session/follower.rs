@@ -23,7 +23,10 @@ impl Follower {
     pub(super) async fn follow(self, mut events: mpsc::UnboundedReceiver<ShipEvent>) {
         while let Some(event) = events.recv().await {
             match event {
-                ShipEvent::Committed { name, .. } => lock(&self.progress).committed = Some(name.epoch),
+                ShipEvent::Committed { name, .. } => {
+                    lock(&self.progress).committed = Some(name.epoch);
+                    self.orders.tidy();
+                }
                 ShipEvent::Fenced { holder, current } => self.fenced(&holder, current).await,
                 ShipEvent::NeedFull { holder } => {
                     tracing::info!(vm = %self.name, %holder, "the holder needs a full checkpoint");

@@ -1,0 +1,174 @@
+//! The sender and the receiver, each alone, against anything in any order.
+#![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
+
+mod net_common;
+
+use std::time::Duration;
+
+use migrate::protocol::{
+    BeginResult, CommitResult, Next, PromiseResult, Proof, Receiver, ReceiverAction, ReceiverEvent, Sender,
+    SenderAction, SenderConfig, SenderEvent,
+};
+use migrate::wire::{
+    Abort, Accept, End, Fenced, Message, Offer, Open, Ping, Position, Refuse, RefuseReason, Reject,
+};
+use net_common::model::*;
+use proptest::prelude::*;
+use segment::Generation;
+
+proptest! {
+    #[test]
+    fn a_sender_stands_anything(events in prop::collection::vec(wild_event(), 0..200)) {
+        let mut sender = Sender::new(SenderConfig::new(vm(), MINE, "owner"));
+        let mut now = Duration::ZERO;
+        let mut fenced = false;
+        for (event, pause) in events {
+            now += Duration::from_millis(u64::from(pause) * 20);
+            let actions = sender.step(event, now);
+            prop_assert!(!fenced || actions.is_empty());
+            fenced |= actions.iter().any(|a| matches!(a, SenderAction::Fence { .. }));
+        }
+    }
+
+    #[test]
+    fn a_receiver_stands_anything(events in prop::collection::vec((wild_receiver_event(), any::<u8>()), 0..200)) {
+        let mut receiver = Receiver::new(Duration::from_secs(1), Duration::from_secs(6), Duration::ZERO);
+        let mut now = Duration::ZERO;
+        let mut closed = false;
+        let mut proven = Vec::new();
+        for (event, pause) in events {
+            now += Duration::from_millis(u64::from(pause) * 20);
+            match &event {
+                ReceiverEvent::Begun { result: BeginResult::Have(p), .. }
+                | ReceiverEvent::Committed { result: CommitResult::Stored(p), .. } => proven.push(p.held()),
+                _ => {}
+            }
+            for action in receiver.step(event, now) {
+                prop_assert!(!closed, "{action:?} after the close");
+                match action {
+                    ReceiverAction::Close { .. } => closed = true,
+                    ReceiverAction::Send { message: Message::Stored(ack) | Message::Have(ack), .. } => {
+                        prop_assert!(proven.contains(ack.held()), "{ack:?} without proof");
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+}
+
+fn wild_message() -> impl Strategy<Value = Message> {
+    let epoch = 1u64..5;
+    let generation = (2u64..5).prop_map(Generation);
+    prop_oneof![
+        Just(Message::Ping(Ping {})),
+        Just(Message::Accept(Accept {})),
+        Just(Message::End(End {})),
+        Just(Message::Abort(Abort {})),
+        (0usize..60).prop_map(|n| Message::Chunk(vec![0; n])),
+        generation.clone().prop_map(|generation| Message::Open(Open {
+            vm: vm(),
+            generation,
+            owner: "o".into()
+        })),
+        (generation.clone(), prop::option::of(epoch.clone())).prop_map(|(generation, e)| Message::Position(
+            Position {
+                generation,
+                newest: e.map(held)
+            }
+        )),
+        (epoch, generation.clone(), any::<bool>()).prop_map(|(e, generation, full)| {
+            Message::Offer(Offer {
+                generation,
+                ..offer(e, full)
+            })
+        }),
+        generation.clone().prop_map(|generation| {
+            Message::Refuse(Refuse {
+                generation,
+                reason: RefuseReason::Full,
+                why: "w".into(),
+            })
+        }),
+        generation.prop_map(|current| Message::Fenced(Fenced {
+            vm: vm(),
+            asked: MINE,
+            current
+        })),
+        Just(Message::Reject(Reject {
+            code: 1,
+            why: "w".into()
+        })),
+    ]
+}
+
+fn wild_event() -> impl Strategy<Value = (SenderEvent, u8)> {
+    let connection = 0u64..3;
+    let event = prop_oneof![
+        connection
+            .clone()
+            .prop_map(|connection| SenderEvent::Connected { connection }),
+        connection.clone().prop_map(|connection| SenderEvent::Lost {
+            connection,
+            why: "w".into(),
+            jitter: 3
+        }),
+        (connection.clone(), 0u32..4, wild_message()).prop_map(|(connection, stream, message)| {
+            SenderEvent::Frame {
+                connection,
+                stream,
+                message,
+            }
+        }),
+        (0u64..4, 1u64..5).prop_map(|(ticket, e)| SenderEvent::NextIs {
+            ticket,
+            next: Next::Segment(offer(e, e == 1))
+        }),
+        (0u64..4).prop_map(|ticket| SenderEvent::NextIs {
+            ticket,
+            next: Next::UpToDate
+        }),
+        (0u64..4).prop_map(|ticket| SenderEvent::NextIs {
+            ticket,
+            next: Next::NeedFull
+        }),
+        connection
+            .clone()
+            .prop_map(|connection| SenderEvent::Progress { connection }),
+        connection.prop_map(|connection| SenderEvent::StreamFailed {
+            connection,
+            why: "w".into()
+        }),
+        Just(SenderEvent::Notify),
+        Just(SenderEvent::Tick),
+    ];
+    (event, any::<u8>())
+}
+
+fn wild_receiver_event() -> impl Strategy<Value = ReceiverEvent<ModelProof>> {
+    let transfer = 0u32..4;
+    let why = "w".to_owned();
+    let proof = (1u64..5).prop_map(|e| ModelProof(offer(e, false)));
+    let refused = BeginResult::Refused {
+        reason: RefuseReason::Full,
+        why: why.clone(),
+    };
+    let late = CommitResult::Refused {
+        reason: RefuseReason::Failed,
+        why,
+    };
+    prop_oneof![
+        8 => (0u32..4, wild_message()).prop_map(|(stream, message)| ReceiverEvent::Frame { stream, message }),
+        2 => Just(ReceiverEvent::Promised(PromiseResult::Promised)),
+        2 => prop::option::of(1u64..5).prop_map(|e| ReceiverEvent::Found(e.map(held))),
+        2 => transfer.clone().prop_map(|transfer| ReceiverEvent::Begun { transfer, result: BeginResult::Ready }),
+        1 => (transfer.clone(), proof.clone())
+            .prop_map(|(transfer, p)| ReceiverEvent::Begun { transfer, result: BeginResult::Have(p) }),
+        1 => transfer.clone().prop_map(move |transfer| ReceiverEvent::Begun { transfer, result: refused.clone() }),
+        2 => (transfer.clone(), proof)
+            .prop_map(|(transfer, p)| ReceiverEvent::Committed { transfer, result: CommitResult::Stored(p) }),
+        1 => transfer.prop_map(move |transfer| ReceiverEvent::Committed { transfer, result: late.clone() }),
+        1 => (2u64..5).prop_map(|g| ReceiverEvent::Superseded { current: Generation(g) }),
+        2 => Just(ReceiverEvent::Tick),
+    ]
+}
