@@ -274,14 +274,7 @@ async fn promote_fetches_spawns_and_fences() {
     let mut b = Served::start(&dir.path().join("b"), "b", "127.0.0.1:0", &more);
     let registry = Registry::remote(&a.address, "test");
     let generation = create(&registry, "web", &[&a.address], 1).await;
-    let mut owner = Owner::start(
-        dir.path(),
-        "web",
-        generation,
-        &[&a.address],
-        1,
-        Some(registry.clone()),
-    );
+    let mut owner = Owner::start(dir.path(), "web", generation, &[&a.address], 1, None);
     for _ in 0..5 {
         owner.take(300);
     }
@@ -352,8 +345,11 @@ async fn promote_fetches_spawns_and_fences() {
         store.verify(&entry.name).unwrap();
     }
 
-    // The VM outlives its agent.
+    // The VM outlives its agent, and a Ctrl-C in the agent's terminal does not reach it.
     let pid = report["pid"].as_u64().unwrap();
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let group = stat.rsplit(") ").next().unwrap().split(' ').nth(2).unwrap();
+    assert_eq!(group, pid.to_string());
     b.kill();
     assert!(alive(pid));
     end(pid);

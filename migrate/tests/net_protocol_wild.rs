@@ -172,3 +172,113 @@ fn wild_receiver_event() -> impl Strategy<Value = ReceiverEvent<ModelProof>> {
         2 => Just(ReceiverEvent::Tick),
     ]
 }
+
+/// A receiver that has promised [`MINE`] and told its position.
+fn opened() -> Receiver {
+    let now = Duration::ZERO;
+    let mut receiver = Receiver::new(Duration::from_secs(1), Duration::from_secs(6), now);
+    let open = Message::Open(Open {
+        vm: vm(),
+        generation: MINE,
+        owner: "o".into(),
+    });
+    frame(&mut receiver, 0, open);
+    receiver.step::<ModelProof>(ReceiverEvent::Promised(PromiseResult::Promised), now);
+    receiver.step::<ModelProof>(ReceiverEvent::Found(None), now);
+    receiver
+}
+
+fn frame(receiver: &mut Receiver, stream: u32, message: Message) -> Vec<ReceiverAction> {
+    receiver.step::<ModelProof>(ReceiverEvent::Frame { stream, message }, Duration::ZERO)
+}
+
+fn closes(actions: &[ReceiverAction]) -> bool {
+    matches!(actions.last(), Some(ReceiverAction::Close { .. }))
+}
+
+#[test]
+fn what_was_not_promised_is_not_taken() {
+    let good = offer(1, true);
+    assert!(!closes(&frame(&mut opened(), 1, Message::Offer(good.clone()))));
+    let mut lower = good.clone();
+    lower.generation = Generation(MINE.0 - 1);
+    let mut higher = good.clone();
+    higher.generation = Generation(MINE.0 + 1);
+    let mut ahead = good.clone();
+    ahead.name.generation = Generation(MINE.0 + 1);
+    let mut other = good.clone();
+    other.name.vm = segment::VmId::new("db").unwrap();
+    for bad in [lower, higher, ahead, other] {
+        assert!(
+            closes(&frame(&mut opened(), 1, Message::Offer(bad.clone()))),
+            "{bad:?}"
+        );
+    }
+    // Before the generation was promised, and on the stream of none.
+    let mut fresh = Receiver::new(Duration::from_secs(1), Duration::from_secs(6), Duration::ZERO);
+    assert!(closes(&frame(&mut fresh, 1, Message::Offer(good.clone()))));
+    assert!(closes(&frame(&mut opened(), 0, Message::Offer(good.clone()))));
+    // An earlier generation's segment under ours is fine: a new owner ships what it was restored from.
+    let mut earlier = good;
+    earlier.name.generation = Generation(1);
+    assert!(!closes(&frame(&mut opened(), 1, Message::Offer(earlier))));
+}
+
+#[test]
+fn more_or_fewer_bytes_than_were_offered_end_the_connection() {
+    let offer = offer(1, true);
+    let exact = offer.bytes as usize;
+    for (bytes, fits) in [(exact - 1, false), (exact, true), (exact + 1, false)] {
+        let mut receiver = opened();
+        frame(&mut receiver, 1, Message::Offer(offer.clone()));
+        let mut actions = frame(&mut receiver, 1, Message::Chunk(vec![0; bytes]));
+        // Too many are refused before they are written.
+        assert_eq!(closes(&actions), bytes > exact);
+        actions.extend(frame(&mut receiver, 1, Message::End(End {})));
+        let committed = actions.contains(&ReceiverAction::Commit { transfer: 1 });
+        assert_eq!((committed, closes(&actions)), (fits, !fits), "{bytes} bytes");
+    }
+}
+
+#[test]
+fn transfers_are_bounded() {
+    let mut receiver = opened();
+    let begin = |receiver: &mut Receiver, stream| frame(receiver, stream, Message::Offer(offer(1, true)));
+    for stream in 1..=migrate::protocol::MAX_TRANSFERS as u32 {
+        assert!(!closes(&begin(&mut receiver, stream)));
+    }
+    assert!(closes(&begin(&mut receiver, 9999)));
+}
+
+#[test]
+fn an_acknowledgement_of_something_else_is_not_believed() {
+    let now = Duration::ZERO;
+    let mut sender = Sender::new(SenderConfig::new(vm(), MINE, "owner"));
+    sender.step(SenderEvent::Tick, now);
+    sender.step(SenderEvent::Connected { connection: 1 }, now);
+    let frame = |stream, message| SenderEvent::Frame {
+        connection: 1,
+        stream,
+        message,
+    };
+    let position = Position {
+        generation: MINE,
+        newest: None,
+    };
+    sender.step(frame(0, Message::Position(position)), now);
+    let next = Next::Segment(offer(1, true));
+    sender.step(SenderEvent::NextIs { ticket: 1, next }, now);
+    // Made by a receiver for another checkpoint.
+    let mut receiver = opened();
+    self::frame(&mut receiver, 1, Message::Offer(offer(2, true)));
+    let result = BeginResult::Have(ModelProof(offer(2, true)));
+    let said = receiver.step(ReceiverEvent::Begun { transfer: 1, result }, now);
+    let Some(ReceiverAction::Send { message, .. }) = said.into_iter().next() else {
+        panic!("nothing was said")
+    };
+    let actions = sender.step(frame(1, message), now);
+    assert!(
+        matches!(actions[..], [SenderAction::Disconnect { connection: 1, .. }]),
+        "{actions:?}"
+    );
+}

@@ -482,6 +482,15 @@ async fn two_agents_of_one_name_are_refused() {
         matches!(&wrong, RegistryError::NotHere { registry, .. } if registry == a.address()),
         "{wrong}"
     );
+    // Which an owner asks when it knows its holders only; one that is away is passed over.
+    let holders = ["127.0.0.1:1".to_owned(), b.address().to_owned()];
+    let found = Registry::of_holders(&holders, "test").await.unwrap();
+    assert_eq!(found.address(), a.address());
+    let none = Registry::of_holders(&holders[..1], "test").await.unwrap_err();
+    assert!(
+        none.is_transient() && none.to_string().contains("127.0.0.1:1"),
+        "{none}"
+    );
     b.stop().await;
     a.stop().await;
 }

@@ -401,6 +401,8 @@ async fn a_registry_that_is_away_holds_nothing_up() {
     let generation = create(keeper.registry(), "web", &[holder.address()], 1).await;
     let registry = migrate::registry::Registry::remote(&keeper_address, "owner");
     keeper.stop().await;
+    // Someone who hangs up at once, so that it is seen that it was tried in vain.
+    let listener = TcpListener::bind(&keeper_address).await.unwrap();
     let mut owner = Owner::start(
         dir.path(),
         "web",
@@ -414,6 +416,13 @@ async fn a_registry_that_is_away_holds_nothing_up() {
     }
     let last = owner.name(10);
     owner.wait_committed(&last).await;
+    drop(
+        tokio::time::timeout(PATIENCE, listener.accept())
+            .await
+            .unwrap()
+            .unwrap(),
+    );
+    drop(listener);
     let keeper = Agent::start(again(dir.path(), "a", RegistryAddr::Embedded, &keeper_address))
         .await
         .unwrap();

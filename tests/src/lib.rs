@@ -2,5 +2,6 @@
 //!
 //! They drive the real binaries as a user would: agents and VMs are processes, talked to over their sockets.
 
+pub mod bench;
 pub mod demo;
 pub mod harness;

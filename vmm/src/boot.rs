@@ -129,10 +129,11 @@ fn load_kernel(memory: &GuestMemory, path: &Path, bytes: u64, low_end: u64) -> R
         path: path.to_owned(),
         source,
     };
-    let mut file = File::open(path).map_err(read)?;
-    if !file.metadata().map_err(read)?.is_file() {
+    // Looked at before it is opened: opening a pipe would wait for its other end.
+    if !std::fs::metadata(path).map_err(read)?.is_file() {
         return Err(not("it is not a regular file".into()));
     }
+    let mut file = File::open(path).map_err(read)?;
     let needs = kernel_end(&mut file).map_err(|e| match e {
         HeaderError::Io(source) if source.kind() != std::io::ErrorKind::UnexpectedEof => read(source),
         HeaderError::Io(_) => not("it ends inside its headers".into()),
@@ -227,6 +228,9 @@ fn load_initrd(
         path: path.to_owned(),
         source,
     };
+    if !std::fs::metadata(path).map_err(read)?.is_file() {
+        return Err(read(std::io::Error::other("it is not a regular file")));
+    }
     let mut file = File::open(path).map_err(read)?;
     let length = file.metadata().map_err(read)?.len();
     let floor = kernel_end.next_multiple_of(PAGE_BYTES as u64);

@@ -149,6 +149,20 @@ pub struct VmHandle {
     ram: Arc<GuestRam>,
     bus: Arc<Bus>,
     outbox: Outbox,
+    /// The vCPU threads hold a way to the owner too, so its inbox never closes by itself: the last handle to go ends
+    /// the machine.
+    _last: Arc<LastHandle>,
+}
+
+#[derive(Debug)]
+struct LastHandle(Sender<Command>);
+
+impl Drop for LastHandle {
+    fn drop(&mut self) {
+        // Nobody waits for the answer, and a machine that was stopped has no owner left to ask.
+        let (reply, _) = oneshot::channel();
+        let _ = self.0.send(Command::Stop(reply));
+    }
 }
 
 impl std::fmt::Debug for Command {
@@ -173,6 +187,7 @@ impl VmHandle {
         });
         let vm = make(&outbox, &ended)?;
         let handle = Self {
+            _last: Arc::new(LastHandle(commands.clone())),
             commands,
             state,
             config: vm.config(),
@@ -416,6 +431,14 @@ impl Owner {
         let unix_ns = jiff::Timestamp::now().as_nanosecond().try_into().unwrap_or(0);
         let start = Instant::now();
         let mut paused = vm.pause()?;
+        if paused.vm().ended() {
+            // The word of it is in the inbox, behind this command. What follows a reset is no state to keep.
+            return Err(ControlError::State {
+                command: "checkpoint",
+                state: "ended",
+                reason: Some("the guest has just ended".into()),
+            });
+        }
         let result = capture(&mut paused, buffers);
         if was_running {
             paused.resume();

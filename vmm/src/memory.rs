@@ -235,10 +235,9 @@ impl GuestRam {
         // SAFETY: `check` has shown offset + len to be inside the mapping; source and target do not overlap, for
         // no reference into the mapping exists. The guest may be writing: then the bytes are some mixture, and the
         // page is dirty in the log and will be copied again.
-        unsafe {
-            let from = self.mapping.base.as_ptr().add(offset);
-            std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len());
-        }
+        let from = unsafe { self.mapping.base.as_ptr().add(offset) };
+        // SAFETY: as above.
+        unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) };
     }
 
     /// Copies `from` into pages `first..`. Does not mark them as written: this is for restoring.
@@ -248,10 +247,9 @@ impl GuestRam {
     pub fn write_pages(&self, first: u64, from: &[u8]) -> Result<(), MemoryError> {
         let offset = self.check(first, from.len())?;
         // SAFETY: as for `read_pages`.
-        unsafe {
-            let to = self.mapping.base.as_ptr().add(offset);
-            std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len());
-        }
+        let to = unsafe { self.mapping.base.as_ptr().add(offset) };
+        // SAFETY: as above.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
         Ok(())
     }
 

@@ -60,6 +60,8 @@ impl VmSource {
     }
 
     fn delta(&self) -> Result<Captured, ControlError> {
+        // Before the dirty set is taken: nothing after that may fail.
+        let checkpoint = new_checkpoint_id()?;
         let stopped = self.vm.stop_and_copy(self.buffers())?;
         let pages: Vec<PageIndex> = stopped.pages.iter().copied().map(PageIndex).collect();
         let data = Lent {
@@ -70,7 +72,7 @@ impl VmSource {
             home: Arc::clone(&self.spare),
         };
         Ok(Captured {
-            checkpoint: new_checkpoint_id()?,
+            checkpoint,
             created_unix_ns: stopped.unix_ns,
             full: false,
             records: state::to_records(&stopped.state),
@@ -84,13 +86,14 @@ impl VmSource {
     }
 
     fn full(&self) -> Result<Captured, ControlError> {
+        let checkpoint = new_checkpoint_id()?;
         let ram = Arc::clone(self.vm.ram());
         self.vm.start_logging()?;
         // What is dirty now is covered by the copy of everything; taken first, so that the rounds see only what
         // changes from here on.
         let mut taken = Taken {
             vm: &self.vm,
-            pages: vec![0..ram.pages()],
+            pages: 0..ram.pages(),
             armed: true,
         };
         self.vm.take_dirty()?;
@@ -130,7 +133,7 @@ impl VmSource {
             bytes: stopped.bytes,
         };
         Ok(Captured {
-            checkpoint: new_checkpoint_id()?,
+            checkpoint,
             created_unix_ns: stopped.unix_ns,
             full: true,
             records: state::to_records(&stopped.state),
@@ -147,14 +150,14 @@ impl VmSource {
 /// Rule 4 for a full capture that fails on the way: every page counts as changed again.
 struct Taken<'a> {
     vm: &'a VmHandle,
-    pages: Vec<std::ops::Range<u64>>,
+    pages: std::ops::Range<u64>,
     armed: bool,
 }
 
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
         if self.armed {
-            self.vm.put_back(std::mem::take(&mut self.pages));
+            self.vm.put_back(vec![self.pages.clone()]);
         }
     }
 }

@@ -14,7 +14,7 @@ use migrate::load::LoadPlan;
 use migrate::protect::{CheckpointRequest, Parent, ProtectOptions, Protector};
 use migrate::registry::VmState;
 use migrate::shipper::{Shipper, ShipperConfig};
-use migrate::spool::Spool;
+use migrate::spool::{Position, Spool};
 use migrate::store::{Durability, FsStore, StoreError};
 use segment::{Generation, SegmentName, VmId};
 use tokio::sync::mpsc;
@@ -61,6 +61,8 @@ pub enum RestoreFrom {
         dir: PathBuf,
         /// The checkpoint.
         segment: Option<SegmentName>,
+        /// The user named it, and may mean to go back to an older state than the cluster has.
+        chosen: bool,
     },
     /// Segment files that make up a chain.
     Files(Vec<PathBuf>),
@@ -85,12 +87,13 @@ pub struct Session {
     shown: Mutex<Option<(Protection, usize)>>,
 }
 
-/// Protection that is on.
+/// A VM's place in the cluster. Once had it is kept until the end, protection on or off: as long as the guest may run
+/// here, the registry must not take it for stopped.
 #[derive(Debug)]
 struct Guard {
     ownership: Ownership,
-    /// The registry has been told that the VM runs here.
-    announced: bool,
+    /// Protection is on.
+    shipping: bool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -123,7 +126,7 @@ impl Session {
         let source = source.clone();
         let vm = blocking(move || VmHandle::start(|outbox, ended| Vm::boot(machine, &source, outbox, ended)))
             .await??;
-        let (ownership, generation) = own(&config, &store).await?;
+        let (ownership, generation) = own(&config, &store, None).await?;
         Self::new(
             config,
             Origin {
@@ -171,7 +174,9 @@ impl Session {
         .await??;
         // Everything written from here on is in the first delta.
         vm.log_from_now().await?;
-        let (ownership, generation) = own(&config, &store).await?;
+        let implied = matches!(from, RestoreFrom::Store { chosen: false, .. })
+            .then(|| Position { name: tip.clone(), checkpoint: parent.checkpoint });
+        let (ownership, generation) = own(&config, &store, implied).await?;
         // A delta on it is of use only to those who have it: holders of the same VM, or this very store.
         let reachable = tip.vm == config.name && (ownership.is_some() || store.get(&tip).is_some());
         let parent = reachable.then_some(parent);
@@ -215,7 +220,7 @@ impl Session {
         );
         let progress = Arc::default();
         let checkpoints =
-            Checkpoints::start(protector, vm.clone(), Arc::clone(&spool), Arc::clone(&progress))?;
+            Checkpoints::start(protector, &vm, Arc::clone(&spool), Arc::clone(&progress))?;
         let session = Self {
             config,
             vm,
@@ -231,10 +236,7 @@ impl Session {
         };
         if let Some(ownership) = ownership {
             session.begin_shipping(&ownership);
-            *session.guard.try_lock().map_err(|_| SessionError::Stopping)? = Some(Guard {
-                ownership,
-                announced: false,
-            });
+            *session.guard.try_lock().map_err(|_| SessionError::Stopping)? = Some(Guard { ownership, shipping: true });
         }
         Ok(session)
     }
@@ -303,14 +305,13 @@ impl Session {
     /// [`SessionError::Registry`] when another owns the VM or the registry is away, [`SessionError::Control`] when
     /// the guest is fenced or has ended.
     pub async fn resume(&self) -> Result<(), SessionError> {
-        if let Some(guard) = self.guard.lock().await.as_mut()
-            && !guard.announced
-        {
-            guard
-                .ownership
-                .announce(self.generation, VmState::Running)
-                .await?;
-            guard.announced = true;
+        // Held over the resume: a stop that overlaps comes wholly before or after it.
+        let guard = self.guard.lock().await;
+        if let Some(guard) = guard.as_ref() {
+            // Each time: while it stood still another may have become the owner.
+            if *self.vm.state().borrow() != RunState::Running {
+                guard.ownership.announce(self.generation, VmState::Running).await?;
+            }
         }
         Ok(self.vm.resume().await?)
     }
@@ -334,10 +335,7 @@ impl Session {
     /// # Errors
     /// [`SessionError::Chain`] when a link is not here.
     pub fn chain_files(&self, name: &SegmentName) -> Result<Vec<PathBuf>, SessionError> {
-        let chain = self.store.chain(name).map_err(|source| SessionError::Chain {
-            name: name.clone(),
-            source,
-        })?;
+        let chain = self.store.chain(name).map_err(|source| SessionError::Chain { name: name.clone(), source: Box::new(source) })?;
         Ok(chain
             .iter()
             .map(|entry| self.store.segment_path(&entry.name))
@@ -352,45 +350,60 @@ impl Session {
         let mut guard = self.guard.lock().await;
         match (guard.as_mut(), protection) {
             (None, None) => {}
-            (Some(on), None) => {
-                self.checkpoints.every(None);
-                if let Some(shipper) = self.checkpoints.ship(None) {
-                    shipper.stop().await;
-                }
-                *lock(&self.shown) = None;
-                // The VM goes on running here, outside the cluster's care: nobody may take it for protected.
-                on.ownership.announce(self.generation, VmState::Stopped).await?;
-                *guard = None;
-            }
+            (Some(on), None) => self.stop_shipping(on).await,
             (Some(on), Some(new)) => {
                 if !on.ownership.same_cluster(&new) {
                     return Err(SessionError::Protection(
-                        "the holders or the registry of a protected VM cannot be changed in place yet: turn protection \
-                         off (DELETE /protection) and on again"
+                        "the holders, the quorum or the registry of a VM cannot be changed while it runs: stop it, \
+                         and start it again with others"
                             .into(),
                     ));
                 }
-                self.checkpoints.every(Some(Duration::from_millis(new.every_ms)));
                 on.ownership.protection.every_ms = new.every_ms;
-                *lock(&self.shown) = Some((on.ownership.protection.clone(), on.ownership.ack_quorum));
+                if on.shipping {
+                    self.checkpoints.every(Some(Duration::from_millis(new.every_ms)));
+                    *lock(&self.shown) = Some((on.ownership.protection.clone(), on.ownership.ack_quorum));
+                } else {
+                    self.announce_if_running(&on.ownership).await?;
+                    self.begin_shipping(&on.ownership);
+                    on.shipping = true;
+                }
             }
             (None, Some(new)) => {
                 let mut ownership = Ownership::prepare(&self.config.name, new).await?;
                 // The session's generation is in every checkpoint it has taken, so it cannot change: the registry
                 // must give the very same one.
                 ownership.claim_exactly(self.generation).await?;
-                let running = *self.vm.state().borrow() == RunState::Running;
-                if running {
-                    ownership.announce(self.generation, VmState::Running).await?;
-                }
-                self.begin_shipping(&ownership);
-                *guard = Some(Guard {
-                    ownership,
-                    announced: running,
-                });
+                // Ours from here on, whatever fails below: a second try finds it.
+                let on = guard.insert(Guard { ownership, shipping: false });
+                self.announce_if_running(&on.ownership).await?;
+                self.begin_shipping(&on.ownership);
+                on.shipping = true;
             }
         }
         Ok(())
+    }
+
+    async fn announce_if_running(&self, ownership: &Ownership) -> Result<(), SessionError> {
+        if *self.vm.state().borrow() == RunState::Running {
+            ownership.announce(self.generation, VmState::Running).await?;
+        }
+        Ok(())
+    }
+
+    /// Protection off: the holders get nothing more, and the local store must stand by itself again.
+    async fn stop_shipping(&self, on: &mut Guard) {
+        self.checkpoints.every(None);
+        if let Some(shipper) = self.checkpoints.ship(None) {
+            shipper.stop().await;
+        }
+        for holder in &on.ownership.protection.holders {
+            self.spool.remove_holder(holder);
+        }
+        // What the holders had may be gone from here: the next checkpoint builds on nothing.
+        self.checkpoints.orders().full();
+        *lock(&self.shown) = None;
+        on.shipping = false;
     }
 
     /// What the VM is doing.
@@ -450,12 +463,17 @@ impl Session {
     /// # Errors
     /// [`SessionError::Control`] when the VM is gone already.
     pub async fn stop(&self, drain: Duration) -> Result<(), SessionError> {
-        let guard = self.guard.lock().await.take();
+        let guard = self.guard.lock().await;
         self.checkpoints.every(None);
         let live = matches!(*self.vm.state().borrow(), RunState::Running | RunState::Paused);
-        if live && guard.is_some() {
-            self.vm.pause().await?;
-            if let Err(error) = self.checkpoint(CheckpointRequest::default()).await {
+        let shipping = guard.as_ref().is_some_and(|guard| guard.shipping);
+        if live && shipping {
+            // A guest that ends of itself meanwhile has no last state to save.
+            let last = match self.vm.pause().await {
+                Ok(()) => self.checkpoint(CheckpointRequest::default()).await.map(drop),
+                Err(error) => Err(error.into()),
+            };
+            if let Err(error) = last {
                 tracing::warn!(error = %chain(&error), "the last checkpoint before the stop failed");
             }
         }
@@ -467,11 +485,8 @@ impl Session {
             }
             shipper.stop().await;
         }
-        if let Some(Guard {
-            ownership,
-            announced: true,
-        }) = guard
-            && let Err(error) = ownership.announce(self.generation, VmState::Stopped).await
+        if let Some(guard) = guard.as_ref()
+            && let Err(error) = guard.ownership.announce(self.generation, VmState::Stopped).await
         {
             tracing::warn!(error = %chain(&error), "the registry was not told that the VM is stopped");
         }
@@ -516,6 +531,7 @@ fn open_store(config: &SessionConfig, memory_bytes: u64) -> Result<Arc<FsStore>,
 async fn own(
     config: &SessionConfig,
     store: &FsStore,
+    implied: Option<Position>,
 ) -> Result<(Option<Ownership>, Generation), SessionError> {
     // Above everything this store has seen under the name, so that no two states get one name.
     let newest = store
@@ -529,7 +545,7 @@ async fn own(
     let mut ownership = Ownership::prepare(&config.name, protection).await?;
     let generation = match config.generation {
         Some(generation) => ownership.confirm(generation).await?,
-        None => ownership.claim(floor).await?,
+        None => ownership.claim(floor, implied.as_ref()).await?,
     };
     Ok((Some(ownership), generation))
 }
@@ -537,7 +553,7 @@ async fn own(
 fn load_plan(config: &SessionConfig, from: &RestoreFrom) -> Result<LoadPlan, SessionError> {
     match from {
         RestoreFrom::Files(paths) => Ok(LoadPlan::from_files(paths)?),
-        RestoreFrom::Store { dir, segment } => {
+        RestoreFrom::Store { dir, segment, .. } => {
             let store = FsStore::open_read_only(dir).map_err(|error| match error {
                 // A folder without a store has no chain either; said in the terms of what was asked for.
                 StoreError::NoStore { .. } => SessionError::NothingToRestore {

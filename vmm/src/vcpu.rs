@@ -79,6 +79,8 @@ struct Shared {
     /// The same as `state`, to spin on.
     parked: AtomicBool,
     stop: AtomicBool,
+    /// The guest ended of itself on this vCPU: it never runs again.
+    ended: AtomicBool,
     tid: AtomicI32,
     /// `kvm_run.immediate_exit` of this vCPU; valid as long as `Vcpu` lives, which holds the mapping.
     immediate_exit: AtomicPtr<u8>,
@@ -156,6 +158,7 @@ impl Vcpu {
             changed: Condvar::new(),
             parked: AtomicBool::new(true),
             stop: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
             tid: AtomicI32::new(0),
             immediate_exit: AtomicPtr::new(immediate_exit),
         });
@@ -178,8 +181,17 @@ impl Vcpu {
         self.fd.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets it run.
+    /// Whether the guest ended of itself on it. To be asked while it is parked.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        self.shared.ended.load(Ordering::Acquire)
+    }
+
+    /// Lets it run, unless the guest ended on it.
     pub fn run(&self) {
+        if self.ended() {
+            return;
+        }
         self.shared.stop.store(false, Ordering::SeqCst);
         self.shared.set_immediate_exit(0);
         let mut state = self.shared.lock();
@@ -287,6 +299,8 @@ fn vcpu_thread(id: u8, fd: &Mutex<VcpuFd>, shared: &Shared, bus: &Bus, ended: im
             complete_pending_io(&mut fd, shared);
             end
         };
+        // Before it is seen parked: who stops it for a checkpoint must learn that there is no guest left.
+        shared.ended.store(end.is_some(), Ordering::Release);
         shared.set(State::Parked);
         if let Some(end) = end {
             ended(id, end);

@@ -305,6 +305,7 @@ impl Vm {
         }
         let parts = Parts::new(saved.config.vcpus)?;
         let supported = cpuid::supported(&parts.kvm)?;
+        let scales_tsc = parts.kvm.check_extension(kvm_ioctls::Cap::TscControl);
         if let Some(vcpu) = saved.vcpus.first() {
             let offered = cpuid::offered(&supported, &parts.vcpus[0])?;
             let features = cpuid::missing(&vcpu.cpuid, &offered);
@@ -312,8 +313,12 @@ impl Vm {
                 return Err(RestoreError::Features { features }.into());
             }
         }
+        // Slots before the vCPUs: writing an MSR that holds a guest address (kvmclock, PV EOI, async page faults) makes
+        // KVM look the address up. The memory is filled after them: some of these writes make KVM write to it.
+        let ram = GuestRam::new(saved.config.memory_bytes)?;
+        set_slots(&parts.fd, &ram, false)?;
         for (vcpu, (state, id)) in parts.vcpus.iter().zip(saved.vcpus.iter().zip(0u8..)) {
-            state::restore(vcpu, id, state, parts.xsave_bytes)?;
+            state::restore(vcpu, id, state, parts.xsave_bytes, scales_tsc)?;
         }
         // After the vCPUs: the IOAPIC looks at their local APICs.
         let vm = |ioctl: &'static str| KvmError::ioctl(ioctl, "the VM");
@@ -328,7 +333,6 @@ impl Vm {
         for chip in &saved.irqchips {
             parts.fd.set_irqchip(chip).map_err(vm("KVM_SET_IRQCHIP"))?;
         }
-        let ram = GuestRam::new(saved.config.memory_bytes)?;
         load(&ram).map_err(VmError::Load)?;
         // Devices last: an interrupt they raise must find the chips in place and not be overwritten.
         let serial = SerialPort::from_state(&saved.serial, parts.serial_interrupt()?, outbox.writer())?;
@@ -356,6 +360,12 @@ impl Vm {
     #[must_use]
     pub fn bus(&self) -> &Arc<Bus> {
         &self.bus
+    }
+
+    /// Whether the guest has ended of itself on some vCPU.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        self.vcpus.iter().any(Vcpu::ended)
     }
 
     /// Whether the guest runs.

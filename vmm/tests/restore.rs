@@ -24,6 +24,7 @@ fn from_store(dir: &Path) -> RestoreFrom {
     RestoreFrom::Store {
         dir: dir.to_owned(),
         segment: None,
+        chosen: false,
     }
 }
 

@@ -14,9 +14,7 @@ use tokio::time::Instant;
 
 use super::Inner;
 use super::sessions::Session;
-use crate::protocol::{
-    BeginResult, CommitResult, PromiseResult, Receiver, ReceiverAction, ReceiverEvent, parent_of,
-};
+use crate::protocol::{BeginResult, CommitResult, PromiseResult, Receiver, ReceiverAction, ReceiverEvent};
 use crate::store::{FsStore, Incoming, StoreError, Stored};
 use crate::transport::{ByteStream, DEAD_AFTER, Link, PING_EVERY, TransportError, in_full};
 use crate::wire::{Held, Message, Offer, RefuseReason, Reject};
@@ -153,7 +151,7 @@ struct Disk {
     generation: Generation,
     /// What is on its way in; none of one whose write failed.
     transfers: HashMap<u32, (Offer, Arriving)>,
-    /// The checkpoint that was last found or made complete: what stands on it needs no look at its chain.
+    /// The checkpoint that was last found or made complete: to begin with what stands on it needs no look at its chain.
     complete: Option<Held>,
 }
 
@@ -306,11 +304,9 @@ impl Disk {
                 why,
             };
         }
-        // By what came, not by what was offered.
-        let parent = parent_of(entry);
-        let whole = parent.is_none() || parent == self.complete || self.is_complete(&offer.held());
-        if !whole {
-            let why = format!("{} is stored, but not all it stands on", offer.name);
+        // By what came, not by what was offered; and looked up in full, for something may have been removed below it.
+        if let Err(missing) = self.store.chain(&offer.name) {
+            let why = format!("{} is stored, but not all it stands on: {missing}", offer.name);
             return CommitResult::Refused {
                 reason: RefuseReason::MissingParent,
                 why,

@@ -23,6 +23,8 @@ use std::sync::Arc;
 
 use segment::{Generation, SegmentName, VmId};
 
+use crate::transport::Client;
+
 pub use embedded::{Embedded, OpenError};
 pub use error::RegistryError;
 pub use remote::Remote;
@@ -95,6 +97,25 @@ impl Registry {
     #[must_use]
     pub fn remote(address: &str, name: &str) -> Self {
         Self(Arc::new(Remote::new(address, name)))
+    }
+
+    /// The one that the agents at `holders` belong to: the first that answers says where it is.
+    ///
+    /// # Errors
+    /// [`RegistryError::Unavailable`] when none of them answers.
+    pub async fn of_holders(holders: &[String], name: &str) -> Result<Self, RegistryError> {
+        let mut failures = Vec::new();
+        for holder in holders {
+            match Client::connect(holder, name).await {
+                Ok(client) => {
+                    let at = client.welcome().registry.clone();
+                    return Ok(Self::remote(at.as_deref().unwrap_or(holder), name));
+                }
+                Err(error) => failures.push(error.in_full()),
+            }
+        }
+        let (address, why) = (holders.join(","), failures.join("; "));
+        Err(RegistryError::Unavailable { address, why })
     }
 
     /// Where it is, for messages.

@@ -438,3 +438,79 @@ pub(super) fn name(given: Option<&str>, config: &VmConfig) -> Result<Option<VmId
         .map(|name| VmId::new(name).map_err(CliError::from))
         .transpose()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::BootSourceConfig;
+
+    fn host(dir: &Path, cmdline: &str) -> Host {
+        guest_images::write_all(dir).unwrap();
+        let config = VmConfig {
+            boot_source: Some(BootSourceConfig {
+                kernel_image_path: dir.join("ticker.elf"),
+                initrd_path: None,
+                boot_args: Some(cmdline.into()),
+            }),
+            ..Default::default()
+        };
+        Host {
+            identity: Identity {
+                name: VmId::new("web").unwrap(),
+                store: dir.join("store"),
+                store_budget: None,
+                generation: None,
+            },
+            config,
+            start: None,
+            run_dir: dir.join("run"),
+            api_sock: None,
+            console_log: None,
+            audience: Audience::Parent { detached: false },
+            over_older: false,
+            nameless: false,
+        }
+    }
+
+    /// What the host makes of a guest, to which `then` does something once it runs.
+    async fn outcome(
+        cmdline: &str,
+        then: impl FnOnce(&VmHandle) + Send + 'static,
+    ) -> (Outcome, Option<EndNote>) {
+        let dir = tempfile::tempdir().unwrap();
+        let host = host(dir.path(), cmdline);
+        let place = Place::take(&host.run_dir, &host.identity.name, false).unwrap();
+        let instance = Instance::new(host.identity.clone(), host.config.clone(), None);
+        let session = instance.start(Origin::Boot, true).await.unwrap();
+        let vm = session.vm().clone();
+        let done = tokio::task::spawn_blocking(move || then(&vm));
+        let outcome = host
+            .attend(&instance, &session, None, &mut Signals::new().unwrap())
+            .await
+            .unwrap();
+        done.await.unwrap();
+        host.note(place, &outcome);
+        let found = super::super::rundir::Found::at(&host.run_dir, "web");
+        (outcome, found.and_then(|found| found.note))
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_fenced_vm_ends_its_process_and_is_remembered() {
+        let (outcome, note) = outcome("period_ms=5", |vm| {
+            vm.fence("generation 2 runs elsewhere").unwrap();
+        })
+        .await;
+        assert_eq!(outcome, Outcome::Fenced("generation 2 runs elsewhere".into()));
+        let note = note.unwrap();
+        assert_eq!(
+            (note.state.as_str(), note.reason.as_deref()),
+            ("fenced", Some("generation 2 runs elsewhere"))
+        );
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_guest_that_ends_is_remembered_where_nobody_watched() {
+        let (outcome, note) = outcome("period_ms=1 exit_after_ticks=3", |_| {}).await;
+        assert_eq!((outcome, note.unwrap().state.as_str()), (Outcome::Ended, "ended"));
+    }
+}

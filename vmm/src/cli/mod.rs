@@ -103,7 +103,7 @@ enum CliError {
     #[error(transparent)]
     Name(#[from] NameError),
     #[error(transparent)]
-    Session(#[from] SessionError),
+    Session(Box<SessionError>),
     #[error("{what}")]
     Io {
         what: String,
@@ -121,6 +121,12 @@ enum CliError {
     /// In words that need no cause.
     #[error("{0}")]
     Said(String),
+}
+
+impl From<SessionError> for CliError {
+    fn from(error: SessionError) -> Self {
+        Self::Session(Box::new(error))
+    }
 }
 
 impl From<Fault> for CliError {

@@ -210,7 +210,7 @@ mod tests {
 
     #[test]
     fn the_worst_lag_comes_first() {
-        let mut holders = vec![
+        let mut holders = [
             holder("a:1", "up-to-date", 0, 0),
             holder("b:1", "unreachable", 12, 3 << 20),
             holder("c:1", "synchronising", 2, 512),

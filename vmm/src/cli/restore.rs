@@ -170,7 +170,7 @@ impl Restore {
         let dir = self.source(&vm, config);
         Wanted {
             name: given.unwrap_or(vm),
-            from: RestoreFrom::Store { dir, segment },
+            from: RestoreFrom::Store { dir, segment, chosen: true },
         }
     }
 
@@ -185,7 +185,10 @@ impl Restore {
         let Some(newest) = newest else {
             return Err(SessionError::NothingToRestore { dir, vm }.into());
         };
-        Ok(self.in_store(given, vm, Some(newest.name), config))
+        Ok(Wanted {
+            name: given.unwrap_or(vm),
+            from: RestoreFrom::Store { dir, segment: Some(newest.name), chosen: false },
+        })
     }
 
     fn files(&self, given: Option<VmId>) -> Result<Wanted, CliError> {

@@ -55,7 +55,7 @@ impl Rtc {
         }
         let time = (self.now)().to_zoned(jiff::tz::TimeZone::UTC);
         // Every field is below 100, so it has two decimal digits.
-        let bcd = |value: i64| ((value / 10 % 10) << 4 | value % 10) as u8;
+        let bcd = |value: i64| (((value / 10 % 10) << 4) | (value % 10)) as u8;
         match self.index {
             0x0 => bcd(time.second().into()),
             0x2 => bcd(time.minute().into()),

@@ -9,7 +9,7 @@ use migrate::protect::{CheckpointRequest, ProtectError, Protector, Taken};
 use migrate::shipper::{ShipStatus, Shipper};
 use migrate::spool::Spool;
 use segment::Epoch;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use super::{CheckpointReport, SessionError, chain, lock};
 use crate::control::{RunState, VmHandle};
@@ -84,7 +84,7 @@ pub(super) struct Checkpoints {
 impl Checkpoints {
     pub(super) fn start(
         protector: Protector<VmSource>,
-        vm: VmHandle,
+        vm: &VmHandle,
         spool: Arc<Spool>,
         progress: Arc<Mutex<Progress>>,
     ) -> Result<Self, SessionError> {
@@ -92,7 +92,7 @@ impl Checkpoints {
         let shipper = Arc::default();
         let thread = Thread {
             protector,
-            vm,
+            state: vm.state(),
             tidy: Tidy::start(spool)?,
             progress,
             shipper: Arc::clone(&shipper),
@@ -196,7 +196,7 @@ impl Drop for Tidy {
 
 struct Thread {
     protector: Protector<VmSource>,
-    vm: VmHandle,
+    state: watch::Receiver<RunState>,
     tidy: Tidy,
     progress: Arc<Mutex<Progress>>,
     shipper: Arc<Mutex<Option<Shipper>>>,
@@ -246,7 +246,11 @@ impl Thread {
         };
         let start = Instant::now();
         let mut pause = every;
-        let state = self.vm.state().borrow().clone();
+        if self.state.has_changed().unwrap_or(false) {
+            // It may have run since, however short.
+            self.rested = false;
+        }
+        let state = self.state.borrow_and_update().clone();
         match state {
             RunState::Running => {
                 self.rested = false;

@@ -61,7 +61,7 @@ pub enum SessionError {
         name: SegmentName,
         /// Which link.
         #[source]
-        source: ChainError,
+        source: Box<ChainError>,
     },
     /// The registry refused, or is away.
     #[error("agree with the registry on who owns VM {vm}")]

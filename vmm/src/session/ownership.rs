@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use migrate::registry::{NewVm, Registry, RegistryError, VmRecord, VmState};
+use migrate::spool::Position;
 use migrate::transport::Client;
 use segment::{Generation, VmId};
 
@@ -75,9 +76,19 @@ impl Ownership {
 
     /// Becomes the owner of a VM that is new, or that its last owner stopped. A VM that runs is never taken over
     /// this way: that is a failover, which seals the holders (`standby promote`).
-    pub(super) async fn claim(&mut self, floor: Generation) -> Result<Generation, SessionError> {
+    ///
+    /// `implied` is the checkpoint to go on from, when the user did not name it: it must not be older than what the
+    /// cluster has.
+    pub(super) async fn claim(
+        &mut self,
+        floor: Generation,
+        implied: Option<&Position>,
+    ) -> Result<Generation, SessionError> {
         let mut record = match self.registry.get_vm(&self.vm).await {
-            Ok(record) if record.state == VmState::Stopped => self.raise(&record).await?,
+            Ok(record) if record.state == VmState::Stopped => {
+                self.not_behind(&record, implied)?;
+                self.raise(&record).await?
+            }
             Ok(record) => return Err(self.refused(taken(record))),
             Err(RegistryError::NoSuchVm { .. }) => self.create().await?,
             Err(error) => return Err(self.refused(error)),
@@ -92,7 +103,7 @@ impl Ownership {
     /// Becomes the owner of a VM the registry does not know, under a generation it already has.
     pub(super) async fn claim_exactly(&mut self, generation: Generation) -> Result<(), SessionError> {
         let mut record = match self.registry.get_vm(&self.vm).await {
-            Ok(record) if record.state == VmState::Stopped && record.generation < generation => record,
+            Ok(record) if record.state == VmState::Stopped && record.generation <= generation => record,
             Ok(record) => return Err(self.refused(taken(record))),
             Err(RegistryError::NoSuchVm { .. }) => self.create().await?,
             Err(error) => return Err(self.refused(error)),
@@ -117,6 +128,11 @@ impl Ownership {
             .get_vm(&self.vm)
             .await
             .map_err(|e| self.refused(e))?;
+        // A generation is taken up once, from the state its raise left it in: a second process under the same one
+        // would write other states under the same names.
+        if record.generation == generation && record.state != VmState::Stopped {
+            return Err(self.refused(taken(record)));
+        }
         if record.generation != generation {
             return Err(self.refused(RegistryError::Fenced {
                 vm: self.vm.clone(),
@@ -126,6 +142,23 @@ impl Ownership {
             }));
         }
         self.set_holders(record).await
+    }
+
+    /// The state to go on from is not older than what is committed.
+    fn not_behind(&self, record: &VmRecord, implied: Option<&Position>) -> Result<(), SessionError> {
+        match (implied, &record.newest) {
+            (Some(tip), Some(newest))
+                if newest.name > tip.name
+                    || (newest.name == tip.name && newest.checkpoint != tip.checkpoint) =>
+            {
+                Err(SessionError::Protection(format!(
+                    "the cluster has checkpoint {} of VM {}, and the newest in this store is {}: go on from the \
+                     cluster's with `standby promote {}`, or go back on purpose by naming one with --segment {}",
+                    newest.name, self.vm, tip.name, self.vm, tip.name
+                )))
+            }
+            _ => Ok(()),
+        }
     }
 
     async fn create(&self) -> Result<VmRecord, SessionError> {

@@ -161,16 +161,23 @@ fn arm_lost_deadline(msrs: &mut [kvm_msr_entry], lapic: &kvm_lapic_state) {
     }
 }
 
-/// Gives a saved state to a fresh vCPU.
+/// Gives a saved state to a fresh vCPU of a VM whose memory slots are set. `scales_tsc`: the host has
+/// `KVM_CAP_TSC_CONTROL`.
 ///
 /// # Errors
 /// [`RestoreError`]: the vCPU is then of no use and must be dropped.
-pub fn restore(vcpu: &VcpuFd, id: u8, state: &VcpuState, xsave_bytes: usize) -> Result<(), RestoreError> {
+pub fn restore(
+    vcpu: &VcpuFd,
+    id: u8,
+    state: &VcpuState,
+    xsave_bytes: usize,
+    scales_tsc: bool,
+) -> Result<(), RestoreError> {
     let on = |ioctl: &'static str| KvmError::ioctl(ioctl, format!("vCPU {id}"));
     let invalid = |why: String| RestoreError::Invalid { vcpu: id, why };
 
     // The frequency before anything that counts in it (MSR TSC, the deadline, kvmclock).
-    restore_tsc_khz(vcpu, id, state.tsc_khz)?;
+    restore_tsc_khz(vcpu, id, state.tsc_khz, scales_tsc)?;
     // Trap 10: CPUID before everything: since Linux 6.13 KVM checks MSRs and XCRs against it.
     let cpuid = cpuid::to_kvm(&state.cpuid).map_err(invalid)?;
     vcpu.set_cpuid2(&cpuid).map_err(on("KVM_SET_CPUID2"))?;
@@ -202,13 +209,17 @@ pub fn restore(vcpu: &VcpuFd, id: u8, state: &VcpuState, xsave_bytes: usize) -> 
 /// The TSC's speed, in parts per million, below which a difference is within what NTP corrects (KVM's own bound).
 const TSC_TOLERANCE_PPM: u64 = 250;
 
-fn restore_tsc_khz(vcpu: &VcpuFd, id: u8, saved: u32) -> Result<(), RestoreError> {
+fn restore_tsc_khz(vcpu: &VcpuFd, id: u8, saved: u32, scales: bool) -> Result<(), RestoreError> {
     let host = vcpu
         .get_tsc_khz()
         .map_err(KvmError::ioctl("KVM_GET_TSC_KHZ", format!("vCPU {id}")))?;
     let tolerance = u64::from(host) * TSC_TOLERANCE_PPM / 1_000_000;
     if u64::from(host.abs_diff(saved)) <= tolerance {
         return Ok(());
+    }
+    // Asked for a higher frequency it cannot scale to, KVM says yes and lets the TSC jump to catch up at each exit.
+    if !scales {
+        return Err(RestoreError::Tsc { saved, host });
     }
     vcpu.set_tsc_khz(saved)
         .map_err(|_| RestoreError::Tsc { saved, host })

@@ -1,0 +1,119 @@
+//! How fast captured pages become a segment, and how small.
+
+use std::io::Cursor;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use migrate::checkpoint::{CaptureKind, EncodeOptions, EncodePool};
+
+use super::guest::{Guest, Taker};
+use super::lab::Lab;
+use super::limits::{self, timed};
+use super::pages::{self, Bytes, FRAME_BYTES};
+use super::row::Row;
+use super::stats::Samples;
+
+const RATE: &str = "encode.rate";
+const RATE_ZERO: &str = "encode.rate.zero";
+const RATIO: &str = "encode.ratio";
+const RATE_SHARE: f64 = 0.9;
+const ZERO_SHARE: f64 = 0.8;
+const RATIO_SHARE: f64 = 0.5;
+const ZERO_BYTES: usize = 256 << 20;
+
+pub(crate) fn rate(lab: &Lab) -> Result<Vec<Row>> {
+    let mib = if lab.quick() { 32 } else { 128 };
+    let guest = Guest::filled(lab, &format!("mib={mib}"), mib + 32)?;
+    let captured = guest.capture(CaptureKind::Full)?;
+    drop(guest);
+    let data = pages::content(&captured, false);
+    drop(captured);
+    let n = lab.samples(15, 3);
+
+    let limit = Samples::collect(n, |_| {
+        limits::compress(&data.0, FRAME_BYTES).map(|(rate, _)| rate)
+    })?;
+    let (samples, stored) = encoded(&data, n)?;
+    let pages = Row::new(RATE, "MB/s a core", &samples)?
+        .limit(
+            limit.median(),
+            "zstd level 1 alone, on the same bytes in the same frames, on one core",
+        )
+        .at_least_of_limit(RATE_SHARE)
+        .param("content", "churn's default mix, without zero pages")
+        .param("mib", data.0.len() >> 20)
+        .seen("ratio", stored as f64 / data.0.len() as f64);
+
+    // Written, as memory never written is one zero page again and again; more than the caches hold.
+    let zeros = Bytes(
+        std::hint::black_box(vec![1; ZERO_BYTES])
+            .into_iter()
+            .map(|byte: u8| byte - 1)
+            .collect::<Vec<_>>()
+            .into(),
+    );
+    let limit = Samples::collect(n, |_| Ok::<_, anyhow::Error>(limits::scan(&zeros.0)))?;
+    let (samples, _) = encoded(&zeros, n)?;
+    let zero = Row::new(RATE_ZERO, "MB/s a core", &samples)?
+        .limit(
+            limit.median(),
+            "a plain scan that looks at every byte, on one core",
+        )
+        .at_least_of_limit(ZERO_SHARE)
+        .param("content", "zero pages")
+        .param("mib", zeros.0.len() >> 20);
+    Ok(vec![pages, zero])
+}
+
+/// MB a second at which one thread makes a full segment of these pages in memory, and how long it is.
+fn encoded(bytes: &Bytes, n: usize) -> Result<(Samples, u64)> {
+    let (captured, manifest) = pages::full(&pages::name("encode", 1)?, bytes);
+    let pool = EncodePool::new(EncodeOptions { level: 1, threads: 1 });
+    let (mut rates, mut stored) = (Samples::default(), 0);
+    let mut out = Vec::new();
+    // The first makes the compressor and grows the buffers.
+    for index in 0..=n {
+        let (done, time) = timed(|| pool.encode(&captured, &manifest, Cursor::new(out)));
+        let (written, summary) = done.context("encode")?;
+        out = written.into_inner();
+        stored = summary.file_bytes;
+        if index > 0 {
+            rates.push_rate(bytes.0.len() as u64, time);
+        }
+    }
+    Ok((rates, stored))
+}
+
+/// Page writes a second, and seconds between two deltas: pages that were written once before are written again.
+const RATIO_WRITES: u64 = 2_000;
+
+pub(crate) fn ratio(lab: &Lab) -> Result<Vec<Row>> {
+    let guest = Guest::filled(lab, &format!("mib=200 rate={RATIO_WRITES}"), 256)?;
+    let mut taker = Taker::new(lab, &guest)?;
+    taker.take(true)?;
+    let (mut ratios, mut alone, mut dirty) = (Samples::default(), Samples::default(), Samples::default());
+    let pages_of = |captured: &_| pages::content(captured, true);
+    for _ in 0..lab.samples(5, 2) {
+        std::thread::sleep(Duration::from_millis(if lab.quick() { 500 } else { 1000 }));
+        let taken = taker.take(false)?;
+        let pages = taken.summary.data_pages + taken.summary.zero_pages;
+        ratios.push(taken.summary.file_bytes as f64 / (pages << 12) as f64);
+        dirty.push(pages as f64);
+        // The next such delta, compressed by zstd and nothing else. Its pages are put back into the set by no one,
+        // so the chain ends here; no one restores it.
+        std::thread::sleep(Duration::from_millis(if lab.quick() { 500 } else { 1000 }));
+        let bytes = pages_of(&guest.capture(CaptureKind::Delta)?);
+        let (_, compressed) = limits::compress(&bytes.0, FRAME_BYTES)?;
+        alone.push(compressed as f64 / bytes.0.len().max(1) as f64);
+    }
+    let row = Row::new(RATIO, "segment bytes per dirty byte", &ratios)?
+        .limit(
+            alone.median(),
+            "zstd level 1 of the dirty pages alone, zero pages included; the target is half of it",
+        )
+        .at_most_of_limit(RATIO_SHARE)
+        .param("mix", "churn's default")
+        .param("writes_per_s", RATIO_WRITES)
+        .param("pages_per_epoch", dirty.median());
+    Ok(vec![row])
+}

@@ -1,0 +1,195 @@
+//! From the operator's word to the guest's first output on another host, with real processes.
+//!
+//! ```text
+//! vmm run --protect-to A    full + 9 deltas committed    SIGKILL    standby promote    first byte on the console
+//!                                                                   '------------- takeover -------------'
+//! ```
+//!
+//! The same VM is taken over again and again. Each new owner takes one checkpoint of its own at once, so the chain has
+//! one link more each time.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use migrate::load::LoadPlan;
+use migrate::store::FsStore;
+use serde_json::Value;
+use vmm::memory::{GuestRam, PAGE_BYTES};
+use vmm::replica::RamTarget;
+
+use super::lab::{Lab, cores};
+use super::limits;
+use super::pages::{Bytes, FRAME_BYTES};
+use super::restore::LINKS;
+use super::row::Row;
+use super::stats::Samples;
+use crate::harness::{Cluster, Machine, run, run_json, wait_for};
+
+const NAME: &str = "failover.cold.takeover_ms";
+const TARGET_MS: f64 = 1_200.0;
+const VM: &str = "failover";
+const POLL: Duration = Duration::from_micros(500);
+/// A heartbeat this often: the first output is not to be waited for.
+const HEARTBEAT_MS: u64 = 10;
+/// Page writes a second.
+const WRITES: u64 = 2_000;
+
+pub(crate) fn measure(lab: &Lab) -> Result<Vec<Row>> {
+    let memory_mib: u64 = if lab.quick() { 256 } else { 1024 };
+    let folder = lab.temporary("failover-")?;
+    let mut cluster = Cluster::new(folder.path(), false)?;
+    let agent = cluster.start_agent("holder", &[])?;
+    let mut machine = protected(lab, &mut cluster, memory_mib)?;
+
+    let (mut times, mut phases) = (Samples::default(), Phases::default());
+    for _ in 0..lab.samples(5, 2) {
+        wait_committed(&cluster, &machine)?;
+        machine.kill()?;
+        let heard = machine_console(&cluster, agent);
+        let before = heard.console().map_or(0, |text| text.len());
+        let start = Instant::now();
+        let report = run_json(cluster.standby(agent).args(["promote", VM, "--json"]))?;
+        let pid = report["pid"]
+            .as_u64()
+            .and_then(|pid| u32::try_from(pid).ok())
+            .context("the report has no pid")?;
+        machine = cluster.adopt(VM, agent, pid);
+        let result = first_output(&machine, before, start);
+        match result {
+            Ok(time) => times.push_ms(time),
+            Err(error) => {
+                // It must not outlive this.
+                cluster.own(machine);
+                return Err(error);
+            }
+        }
+        phases.add(&report);
+    }
+    machine.kill()?;
+    let (limit_ms, loaded) = limit(&cluster, agent, memory_mib)?;
+    let mut row = Row::new(NAME, "ms", &times)?
+        .limit(
+            limit_ms,
+            "the slower of zstd decompression and populating, each on all cores, of as many bytes",
+        )
+        .at_most(TARGET_MS)
+        .param("memory_mib", memory_mib)
+        .param("links", LINKS)
+        .param("loaded_mib", loaded >> 20);
+    for (phase, samples) in phases.0 {
+        row = row.seen(&format!("{phase}_ms"), samples.median());
+    }
+    Ok(vec![row])
+}
+
+/// The phases that `standby promote` reports.
+#[derive(Debug, Default)]
+struct Phases(Vec<(String, Samples)>);
+
+impl Phases {
+    fn add(&mut self, report: &Value) {
+        let total = report["promote_to_running_ms"].as_f64();
+        let phases = report["phases"].as_object().into_iter().flatten();
+        let times = phases.filter_map(|(name, ms)| Some((name.as_str(), ms.as_f64()?)));
+        for (name, ms) in times.chain(total.map(|ms| ("running", ms))) {
+            match self.0.iter_mut().find(|(known, _)| known == name) {
+                Some((_, samples)) => samples.push(ms),
+                None => {
+                    let mut samples = Samples::default();
+                    samples.push(ms);
+                    self.0.push((name.to_owned(), samples));
+                }
+            }
+        }
+    }
+}
+
+/// A guest whose memory is filled, with a chain of [`LINKS`] at the holder.
+fn protected(lab: &Lab, cluster: &mut Cluster, memory_mib: u64) -> Result<Machine> {
+    let holder = cluster.agents.first().context("no agent")?.address.clone();
+    let (memory, work) = (
+        format!("{memory_mib}M"),
+        format!(
+            "mib={} rate={WRITES} heartbeat_ms={HEARTBEAT_MS}",
+            memory_mib - 40
+        ),
+    );
+    lab.say(format!(
+        "  vmm run --memory {memory} --cmdline \"{work}\": filling its memory"
+    ));
+    // Checkpoints only when asked for.
+    let more = ["--memory", &memory, "--protect-to", &holder, "--every", "1h"];
+    let machine = cluster.launch(VM, "churn", &work, &more)?;
+    wait_for("the guest to fill its memory", || {
+        Ok(machine.console()?.contains("churn filled").then_some(()))
+    })?;
+    for link in 0..LINKS {
+        let mut command = cluster.vmm("checkpoint", &machine.run_dir);
+        if link == 0 {
+            command.arg("--full");
+        }
+        run(command.arg(VM))?;
+        std::thread::sleep(Duration::from_millis(if lab.quick() { 100 } else { 500 }));
+    }
+    Ok(machine)
+}
+
+/// Waits until the holder has the newest checkpoint.
+fn wait_committed(cluster: &Cluster, machine: &Machine) -> Result<()> {
+    wait_for("the newest checkpoint to be committed", || {
+        let status = cluster.status(VM, &machine.run_dir)?;
+        let newest = &status["newest"]["name"];
+        Ok((newest.is_string() && status["committed"] == *newest).then_some(()))
+    })
+}
+
+/// The console of whoever runs the VM at the agent.
+fn machine_console(cluster: &Cluster, agent: usize) -> Machine {
+    cluster.adopt(VM, agent, 0)
+}
+
+/// Waits for the successor's first output, beyond what its predecessors said.
+fn first_output(machine: &Machine, before: usize, start: Instant) -> Result<Duration> {
+    let deadline = start + crate::harness::PATIENCE;
+    loop {
+        let length = std::fs::metadata(&machine.console).map_or(0, |file| file.len());
+        if length > before as u64 {
+            break;
+        }
+        ensure!(Instant::now() < deadline, "the successor says nothing");
+        std::thread::sleep(POLL);
+    }
+    let time = start.elapsed();
+    // What it says must be that all is well.
+    wait_for("a heartbeat of the successor", || {
+        let console = machine.console()?;
+        let new = console.get(before..).unwrap_or_default();
+        ensure!(!new.contains("BAD"), "the successor found damage: {new}");
+        Ok(new.contains("up_ms=").then_some(()))
+    })?;
+    Ok(time)
+}
+
+/// How long the memory alone takes, in milliseconds, and how many bytes it is.
+fn limit(cluster: &Cluster, agent: usize, memory_mib: u64) -> Result<(f64, u64)> {
+    let store = FsStore::open_read_only(&cluster.agents[agent].data.join("store"))
+        .context("open the holder's store")?;
+    let vm = VM.parse().context("name the VM")?;
+    let tip = store.newest_complete(&vm).context("no chain at the holder")?;
+    let ram = GuestRam::new(memory_mib << 20).context("fresh guest memory")?;
+    let plan = LoadPlan::new(&store, &tip.name).context("read the chain")?;
+    let loaded = plan
+        .load_into(&RamTarget(&ram), cores())
+        .context("load the chain")?
+        .bytes_written;
+    let mut content = Vec::new();
+    for run in ram.populated().context("find the guest's pages")? {
+        let start = content.len();
+        content.resize(start + (run.end - run.start) as usize * PAGE_BYTES, 0);
+        ram.read_pages(run.start, &mut content[start..]);
+    }
+    drop(ram);
+    let content = Bytes(content.into());
+    let rate = limits::decompress(&content.0, FRAME_BYTES, cores())?.min(limits::populate(loaded, cores())?);
+    Ok((loaded as f64 / 1e3 / rate, loaded))
+}
