@@ -11,7 +11,7 @@ use migrate::protocol::{
     BeginResult, CommitResult, Next, PromiseResult, Receiver, ReceiverAction, ReceiverEvent, Sender,
     SenderAction, SenderConfig, SenderEvent, SenderState,
 };
-use migrate::wire::{Abort, End, Held, Message, Offer, Position, RefuseReason, Reject};
+use migrate::wire::{Abort, End, Held, Message, Offer, RefuseReason, Reject};
 use net_common::model::*;
 use proptest::prelude::*;
 use segment::{Generation, SegmentName};
@@ -514,94 +514,4 @@ proptest! {
         world.settle();
         prop_assert_eq!(world.fenced, Some(Generation(MINE.0 + 1)));
     }
-}
-
-#[test]
-fn the_window_bounds_what_is_on_its_way() {
-    let mut config = SenderConfig::new(vm(), MINE, "owner");
-    config.window_segments = 3;
-    let mut sender = Sender::new(config);
-    let now = Duration::ZERO;
-    sender.step(SenderEvent::Tick, now);
-    sender.step(SenderEvent::Connected { connection: 1 }, now);
-    let position = Message::Position(Position {
-        generation: MINE,
-        newest: None,
-    });
-    let mut actions = sender.step(
-        SenderEvent::Frame {
-            connection: 1,
-            stream: 0,
-            message: position,
-        },
-        now,
-    );
-    let mut offered = 0;
-    while let Some(ticket) = actions.iter().find_map(|a| match a {
-        SenderAction::Next { ticket, .. } => Some(*ticket),
-        _ => None,
-    }) {
-        offered += 1;
-        let next = Next::Segment(offer(offered, offered == 1));
-        actions = sender.step(SenderEvent::NextIs { ticket, next }, now);
-    }
-    assert_eq!(offered, 3);
-}
-
-#[test]
-fn a_silent_holder_is_given_up_and_tried_again_with_longer_pauses() {
-    let mut sender = Sender::new(SenderConfig::new(vm(), MINE, "owner"));
-    let mut now = Duration::ZERO;
-    let mut pauses = Vec::new();
-    for connection in 1..=12 {
-        let actions = sender.step(SenderEvent::Tick, now);
-        assert!(
-            actions.contains(&SenderAction::Connect { connection }),
-            "{actions:?}"
-        );
-        sender.step(
-            SenderEvent::Lost {
-                connection,
-                why: "refused".into(),
-                jitter: 0,
-            },
-            now,
-        );
-        let until = sender.deadline().unwrap();
-        pauses.push((until - now).as_millis());
-        now = until;
-    }
-    assert_eq!(pauses[..4], [50, 100, 200, 400]);
-    assert_eq!(pauses.last(), Some(&5000));
-    assert_eq!(
-        sender.state(),
-        SenderState::Unreachable {
-            why: "refused".into()
-        }
-    );
-
-    sender.step(SenderEvent::Tick, now);
-    sender.step(SenderEvent::Connected { connection: 13 }, now);
-    let mut pings = 0;
-    loop {
-        now = sender.deadline().unwrap();
-        let actions = sender.step(SenderEvent::Tick, now);
-        pings += actions
-            .iter()
-            .filter(|a| {
-                matches!(
-                    a,
-                    SenderAction::Send {
-                        message: Message::Ping(_),
-                        ..
-                    }
-                )
-            })
-            .count();
-        if let Some(SenderAction::Disconnect { connection, why }) = actions.last() {
-            assert_eq!((*connection, why.contains("sign of life")), (13, true));
-            break;
-        }
-    }
-    assert!(pings >= 4, "{pings} pings");
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use migrate::protocol::{
     BeginResult, CommitResult, Next, PromiseResult, Proof, Receiver, ReceiverAction, ReceiverEvent, Sender,
-    SenderAction, SenderConfig, SenderEvent,
+    SenderAction, SenderConfig, SenderEvent, SenderState,
 };
 use migrate::wire::{
     Abort, Accept, End, Fenced, Message, Offer, Open, Ping, Position, Refuse, RefuseReason, Reject,
@@ -281,4 +281,111 @@ fn an_acknowledgement_of_something_else_is_not_believed() {
         matches!(actions[..], [SenderAction::Disconnect { connection: 1, .. }]),
         "{actions:?}"
     );
+}
+
+#[test]
+fn the_window_bounds_what_is_on_its_way() {
+    let mut config = SenderConfig::new(vm(), MINE, "owner");
+    config.window_segments = 3;
+    let mut sender = Sender::new(config);
+    let now = Duration::ZERO;
+    sender.step(SenderEvent::Tick, now);
+    sender.step(SenderEvent::Connected { connection: 1 }, now);
+    let position = Message::Position(Position {
+        generation: MINE,
+        newest: None,
+    });
+    let mut actions = sender.step(
+        SenderEvent::Frame {
+            connection: 1,
+            stream: 0,
+            message: position,
+        },
+        now,
+    );
+    let mut offered = 0;
+    while let Some(ticket) = actions.iter().find_map(|a| match a {
+        SenderAction::Next { ticket, .. } => Some(*ticket),
+        _ => None,
+    }) {
+        offered += 1;
+        let next = Next::Segment(offer(offered, offered == 1));
+        actions = sender.step(SenderEvent::NextIs { ticket, next }, now);
+    }
+    assert_eq!(offered, 3);
+}
+
+#[test]
+fn a_silent_holder_is_given_up_and_tried_again_with_longer_pauses() {
+    let mut sender = Sender::new(SenderConfig::new(vm(), MINE, "owner"));
+    let mut now = Duration::ZERO;
+    let mut pauses = Vec::new();
+    for connection in 1..=12 {
+        let actions = sender.step(SenderEvent::Tick, now);
+        assert!(
+            actions.contains(&SenderAction::Connect { connection }),
+            "{actions:?}"
+        );
+        sender.step(
+            SenderEvent::Lost {
+                connection,
+                why: "refused".into(),
+                jitter: 0,
+            },
+            now,
+        );
+        let until = sender.deadline().unwrap();
+        pauses.push((until - now).as_millis());
+        now = until;
+    }
+    assert_eq!(pauses[..4], [50, 100, 200, 400]);
+    assert_eq!(pauses.last(), Some(&5000));
+    assert_eq!(
+        sender.state(),
+        SenderState::Unreachable {
+            why: "refused".into()
+        }
+    );
+
+    sender.step(SenderEvent::Tick, now);
+    sender.step(SenderEvent::Connected { connection: 13 }, now);
+    let mut pings = 0;
+    loop {
+        now = sender.deadline().unwrap();
+        let actions = sender.step(SenderEvent::Tick, now);
+        pings += actions
+            .iter()
+            .filter(|a| {
+                matches!(
+                    a,
+                    SenderAction::Send {
+                        message: Message::Ping(_),
+                        ..
+                    }
+                )
+            })
+            .count();
+        if let Some(SenderAction::Disconnect { connection, why }) = actions.last() {
+            assert_eq!((*connection, why.contains("sign of life")), (13, true));
+            break;
+        }
+    }
+    assert!(pings >= 4, "{pings} pings");
+}
+
+#[test]
+fn an_owner_that_waits_for_a_slow_disk_is_not_taken_for_dead() {
+    let mut now = Duration::ZERO;
+    let mut receiver = opened();
+    for _ in 0..20 {
+        now = receiver.deadline().unwrap();
+        let actions = receiver.step::<ModelProof>(ReceiverEvent::Unread, now);
+        assert!(!closes(&actions), "{actions:?} at {now:?}");
+    }
+    assert!(now > Duration::from_secs(12));
+    let heard = now;
+    while !closes(&receiver.step::<ModelProof>(ReceiverEvent::Tick, now)) {
+        now = receiver.deadline().unwrap();
+    }
+    assert_eq!(now - heard, Duration::from_secs(6));
 }

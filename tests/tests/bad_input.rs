@@ -1,5 +1,6 @@
 //! What a user can get wrong: each is one clear message that says what, on what, why and what to do; the exit status
 //! is not 0, and nothing is lost.
+#![allow(clippy::unwrap_used)] // A helper of a test fails the test.
 
 use std::process::{Command, Output};
 
@@ -25,7 +26,10 @@ fn run(cluster: &Cluster, name: &str, kernel: &str, more: &[&str]) -> Output {
     cluster
         .vmm("run", &cluster.run_dir())
         .args(["--name", name, "--kernel", kernel])
-        .args(["--store", cluster.run_dir().join("store").join(name).to_str().unwrap()])
+        .args([
+            "--store",
+            cluster.run_dir().join("store").join(name).to_str().unwrap(),
+        ])
         .args(more)
         .stdin(std::process::Stdio::null())
         .output()
@@ -41,17 +45,30 @@ fn kernels_memory_names_and_ports() {
     let none = none.to_str().unwrap().to_owned();
     let ticker = cluster.guest("ticker").display().to_string();
 
-    refused(&run(&cluster, "a", &none, &[]), &["no-kernel", "not a kernel", "PVH"]);
+    refused(
+        &run(&cluster, "a", &none, &[]),
+        &["no-kernel", "not a kernel", "PVH"],
+    );
     refused(&run(&cluster, "a", "/does/not/exist", &[]), &["/does/not/exist"]);
     refused(&run(&cluster, "a", &ticker, &["--memory", "1M"]), &["memory"]);
     refused(&run(&cluster, "a", &ticker, &["--cpus", "200"]), &["200", "vCPU"]);
     refused(&run(&cluster, "../a", &ticker, &[]), &["../a"]);
-    refused(&run(&cluster, "a", &ticker, &["--protect-to", "127.0.0.1:1"]), &["127.0.0.1:1", "standby serve"]);
+    refused(
+        &run(&cluster, "a", &ticker, &["--protect-to", "127.0.0.1:1"]),
+        &["127.0.0.1:1", "standby serve"],
+    );
 
-    let first = cluster.launch("taken", "ticker", "period_ms=20", &["--memory", "32M"]).unwrap();
+    let first = cluster
+        .launch("taken", "ticker", "period_ms=20", &["--memory", "32M"])
+        .unwrap();
     refused(&run(&cluster, "taken", &ticker, &["--memory", "32M"]), &["taken"]);
-    let said = run_json(cluster.vmm("ps", &cluster.run_dir()).arg("--json")).unwrap().to_string();
-    assert!(said.contains("running"), "the first VM of that name is gone: {said}");
+    let said = run_json(cluster.vmm("ps", &cluster.run_dir()).arg("--json"))
+        .unwrap()
+        .to_string();
+    assert!(
+        said.contains("running"),
+        "the first VM of that name is gone: {said}"
+    );
     drop(first);
 
     let agent = cluster.start_agent("alder", &[]).unwrap();
@@ -68,9 +85,16 @@ fn kernels_memory_names_and_ports() {
         .output()
         .unwrap();
     refused(&same_data, &[cluster.agents[agent].data.to_str().unwrap()]);
-    let nobody = Command::new(&cluster.binaries.standby).args(["ls", "--agent", "127.0.0.1:1"]).output().unwrap();
+    let nobody = Command::new(&cluster.binaries.standby)
+        .args(["ls", "--agent", "127.0.0.1:1"])
+        .output()
+        .unwrap();
     refused(&nobody, &["127.0.0.1:1", "standby serve"]);
-    let ghost = cluster.standby(agent).args(["promote", "ghost"]).output().unwrap();
+    let ghost = cluster
+        .standby(agent)
+        .args(["promote", "ghost"])
+        .output()
+        .unwrap();
     refused(&ghost, &["ghost"]);
 }
 
@@ -101,39 +125,84 @@ fn a_full_store_refuses_the_new_and_keeps_the_old() {
     let folder = tempfile::tempdir().unwrap();
     let mut cluster = Cluster::new(folder.path(), false).unwrap();
     let budget = ["--memory", "64M", "--store-budget", "24MiB"];
-    let machine = cluster.launch("full", "churn", "mib=16 rate=500 mix=0:0:100 heartbeat_ms=50", &budget).unwrap();
-    wait_for("the guest to fill its memory", || Ok(machine.console()?.contains("churn filled").then_some(()))).unwrap();
-    let checkpoint = || cluster.vmm("checkpoint", &machine.run_dir).args(["full", "--full"]).output().unwrap();
+    let machine = cluster
+        .launch(
+            "full",
+            "churn",
+            "mib=16 rate=500 mix=0:0:100 heartbeat_ms=50",
+            &budget,
+        )
+        .unwrap();
+    wait_for("the guest to fill its memory", || {
+        Ok(machine.console()?.contains("churn filled").then_some(()))
+    })
+    .unwrap();
+    let checkpoint = || {
+        cluster
+            .vmm("checkpoint", &machine.run_dir)
+            .args(["full", "--full"])
+            .output()
+            .unwrap()
+    };
     assert!(checkpoint().status.success());
     refused(&checkpoint(), &["full"]);
     let status = cluster.status("full", &machine.run_dir).unwrap();
     assert_eq!(status["state"], "running");
-    assert!(status["problem"].as_str().unwrap_or_default().contains("full"), "{status}");
+    assert!(
+        status["problem"].as_str().unwrap_or_default().contains("full"),
+        "{status}"
+    );
     let mut from = cluster.vmm("restore", &folder.path().join("copy"));
-    from.args(["--name", "full", "--paused", "--ready-stdout", "--from"]).arg(folder.path().join("vms/full"));
-    from.arg("--store").arg(folder.path().join("copy-store")).arg("full");
+    from.args(["--name", "full", "--paused", "--ready-stdout", "--from"])
+        .arg(folder.path().join("vms/full"));
+    from.arg("--store")
+        .arg(folder.path().join("copy-store"))
+        .arg("full");
     let mut copy = from.stdout(std::process::Stdio::piped()).spawn().unwrap();
     let mut line = String::new();
-    std::io::BufRead::read_line(&mut std::io::BufReader::new(copy.stdout.take().unwrap()), &mut line).unwrap();
+    std::io::BufRead::read_line(
+        &mut std::io::BufReader::new(copy.stdout.take().unwrap()),
+        &mut line,
+    )
+    .unwrap();
     copy.kill().unwrap();
     copy.wait().unwrap();
-    assert!(!line.contains("failed"), "the earlier checkpoint does not restore: {line}");
+    assert!(
+        !line.contains("failed"),
+        "the earlier checkpoint does not restore: {line}"
+    );
 }
 
 #[test]
 fn damaged_newer_and_broken_segments() {
     let folder = tempfile::tempdir().unwrap();
     let mut cluster = Cluster::new(folder.path(), false).unwrap();
-    let machine = cluster.launch("seg", "ticker", "period_ms=5", &["--memory", "32M"]).unwrap();
-    let checkpoint = || run_json(cluster.vmm("checkpoint", &machine.run_dir).args(["seg", "--json"])).unwrap();
+    let machine = cluster
+        .launch("seg", "ticker", "period_ms=5", &["--memory", "32M"])
+        .unwrap();
+    let checkpoint = || {
+        run_json(
+            cluster
+                .vmm("checkpoint", &machine.run_dir)
+                .args(["seg", "--json"]),
+        )
+        .unwrap()
+    };
     checkpoint();
-    wait_for("a tick", || Ok(machine.console()?.contains("tick 3").then_some(()))).unwrap();
+    wait_for("a tick", || {
+        Ok(machine.console()?.contains("tick 3").then_some(()))
+    })
+    .unwrap();
     checkpoint();
     let store = folder.path().join("vms/seg/segments/seg/1");
     let (full, delta) = (store.join("1.seg"), store.join("2.seg"));
     let restore = |files: &[&std::path::Path]| {
         let mut command = cluster.vmm("restore", &folder.path().join("r"));
-        command.args(["--name", "copy"]).arg("--store").arg(folder.path().join("r-store")).args(files);
+        command
+            .args(["--name", "copy"])
+            .arg("--store")
+            .arg(folder.path().join("r-store"))
+            .args(files);
         command.stdin(std::process::Stdio::null()).output().unwrap()
     };
     refused(&restore(&[&delta]), &["seg/1/1"]);
@@ -146,14 +215,21 @@ fn damaged_newer_and_broken_segments() {
     std::fs::write(&broken, &bytes[..bytes.len() / 2]).unwrap();
     refused(&restore(&[&broken]), &["broken.seg"]);
     // A newer major version, sealed as a newer writer would.
-    let mut newer = bytes.clone();
+    let mut newer = bytes;
     newer[8] = 2;
     std::fs::write(&broken, &newer).unwrap();
     refused(&restore(&[&broken]), &["broken.seg"]);
     std::fs::write(&broken, "not a segment").unwrap();
     refused(&restore(&[&broken]), &["broken.seg"]);
-    let inspect = cluster.vmm("inspect", &machine.run_dir).arg(&broken).output().unwrap();
+    let inspect = cluster
+        .vmm("inspect", &machine.run_dir)
+        .arg(&broken)
+        .output()
+        .unwrap();
     refused(&inspect, &["broken.seg"]);
     // The VM whose files these are has not noticed.
-    assert_eq!(cluster.status("seg", &machine.run_dir).unwrap()["state"], "running");
+    assert_eq!(
+        cluster.status("seg", &machine.run_dir).unwrap()["state"],
+        "running"
+    );
 }

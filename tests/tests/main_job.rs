@@ -1,4 +1,5 @@
 //! The main job, with real processes: protect, lose the host, go on; and what must hold when things go wrong.
+#![allow(clippy::unwrap_used)] // A helper of a test fails the test.
 
 use std::path::Path;
 
@@ -15,7 +16,12 @@ fn cluster(folder: &tempfile::TempDir, agents: usize) -> Cluster {
 }
 
 fn holders(cluster: &Cluster) -> String {
-    cluster.agents.iter().map(|a| a.address.clone()).collect::<Vec<_>>().join(",")
+    cluster
+        .agents
+        .iter()
+        .map(|a| a.address.clone())
+        .collect::<Vec<_>>()
+        .join(",")
 }
 
 const CHURN: &str = "mib=16 rate=2000 heartbeat_ms=50 verify=4";
@@ -28,17 +34,24 @@ fn protect(cluster: &mut Cluster, name: &str, more: &[&str]) -> Machine {
 }
 
 fn epoch(value: &Value) -> u64 {
-    value.as_str().and_then(|name| name.rsplit('/').next()).and_then(|e| e.parse().ok()).unwrap_or(0)
+    value
+        .as_str()
+        .and_then(|name| name.rsplit('/').next())
+        .and_then(|e| e.parse().ok())
+        .unwrap_or(0)
 }
 
 /// Waits until the quorum has `more` checkpoints beyond what it has now; returns the newest's number.
 fn committed(cluster: &Cluster, machine: &Machine, more: u64) -> u64 {
     let mut first = None;
-    wait_for(format!("{more} more checkpoints of {} to be committed", machine.name), || {
-        let status = cluster.status(&machine.name, &machine.run_dir)?;
-        let now = epoch(&status["committed"]);
-        Ok((now >= *first.get_or_insert(now) + more && now > 0).then_some(now))
-    })
+    wait_for(
+        format!("{more} more checkpoints of {} to be committed", machine.name),
+        || {
+            let status = cluster.status(&machine.name, &machine.run_dir)?;
+            let now = epoch(&status["committed"]);
+            Ok((now >= *first.get_or_insert(now) + more && now > 0).then_some(now))
+        },
+    )
     .unwrap()
 }
 
@@ -48,7 +61,9 @@ fn works(machine: &Machine, more: u64) -> u64 {
     wait_for(format!("{} to go on", machine.name), || {
         let console = machine.console()?;
         assert!(!console.contains("BAD"), "the guest found damage:\n{console}");
-        let Some(now) = counter(&console, "writes") else { return Ok(None) };
+        let Some(now) = counter(&console, "writes") else {
+            return Ok(None);
+        };
         Ok((now >= *first.get_or_insert(now) + more).then_some(now))
     })
     .unwrap()
@@ -63,8 +78,12 @@ fn state(cluster: &Cluster, name: &str, run_dir: &Path) -> String {
 fn the_demo_goes_as_it_says() {
     let folder = tempfile::tempdir().unwrap();
     let json = folder.path().join("figures/demo.json");
-    let options =
-        Options { keep: false, folder: Some(folder.path().join("demo")), json: json.clone(), epochs: 5 };
+    let options = Options {
+        keep: false,
+        folder: Some(folder.path().join("demo")),
+        json: json.clone(),
+        epochs: 5,
+    };
     let figures = demo::tell(&options).unwrap();
     assert_eq!(figures.bad_pages, 0);
     assert!(figures.epochs_committed >= 5);
@@ -120,9 +139,16 @@ fn a_dead_holder_does_not_stall_the_guest_and_is_served_when_it_is_back() {
     };
     wait_for("the lag to show", || Ok((lag(&cluster) >= 3).then_some(()))).unwrap();
     let listed = run_json(cluster.vmm("ps", &machine.run_dir).arg("--json")).unwrap();
-    assert!(listed.to_string().contains("lag_epochs"), "vmm ps does not show the lag: {listed}");
+    assert!(
+        listed.to_string().contains("lag_epochs"),
+        "vmm ps does not show the lag: {listed}"
+    );
     cluster.restart_agent(1).unwrap();
-    wait_for("the holder to catch up", || Ok((lag(&cluster) <= 2).then_some(()))).unwrap();
+    wait_for(
+        "the holder to catch up",
+        || Ok((lag(&cluster) <= 2).then_some(())),
+    )
+    .unwrap();
     // What it has is whole: it can take over.
     let mut machine = machine;
     machine.kill().unwrap();
@@ -145,9 +171,18 @@ fn a_promoted_vm_never_runs_twice() {
     // The old owner stops its guest, says why and goes: status 3.
     let ended = machine.wait().unwrap();
     assert_eq!(ended.code(), Some(3), "the fenced owner ended with {ended}");
-    let listed = run_json(cluster.vmm("ps", &machine.run_dir).arg("--json")).unwrap().to_string();
-    assert!(listed.contains("fenced") && listed.contains("generation 2"), "vmm ps does not say so: {listed}");
-    let resumed = cluster.vmm("resume", &machine.run_dir).arg("once").output().unwrap();
+    let listed = run_json(cluster.vmm("ps", &machine.run_dir).arg("--json"))
+        .unwrap()
+        .to_string();
+    assert!(
+        listed.contains("fenced") && listed.contains("generation 2"),
+        "vmm ps does not say so: {listed}"
+    );
+    let resumed = cluster
+        .vmm("resume", &machine.run_dir)
+        .arg("once")
+        .output()
+        .unwrap();
     assert!(!resumed.status.success(), "a fenced VM was resumed");
     let silent = machine.console().unwrap().len();
     works(&successor, 500);
@@ -163,14 +198,21 @@ fn a_stopped_vm_is_promoted_from_its_very_last_state() {
     let mut machine = protect(&mut cluster, "still", &["--ack-quorum", "2"]);
     works(&machine, 200);
     committed(&cluster, &machine, 2);
-    let stop = cluster.vmm("stop", &machine.run_dir).arg("still").output().unwrap();
+    let stop = cluster
+        .vmm("stop", &machine.run_dir)
+        .arg("still")
+        .output()
+        .unwrap();
     assert!(stop.status.success(), "{}", String::from_utf8_lossy(&stop.stderr));
     assert!(machine.wait().unwrap().success());
     let last = counter(&machine.console().unwrap(), "writes").unwrap();
     let report = run_json(cluster.standby(1).args(["promote", "still", "--json"])).unwrap();
     let successor = cluster.adopt("still", 1, report["pid"].as_u64().unwrap() as u32);
     let first = wait_for("the guest to speak", || {
-        Ok(understudy_tests::harness::first_counter(&successor.console()?, "writes"))
+        Ok(understudy_tests::harness::first_counter(
+            &successor.console()?,
+            "writes",
+        ))
     })
     .unwrap();
     assert!(first >= last, "stopped at {last} and gone on from {first}");

@@ -174,8 +174,10 @@ impl Session {
         .await??;
         // Everything written from here on is in the first delta.
         vm.log_from_now().await?;
-        let implied = matches!(from, RestoreFrom::Store { chosen: false, .. })
-            .then(|| Position { name: tip.clone(), checkpoint: parent.checkpoint });
+        let implied = matches!(from, RestoreFrom::Store { chosen: false, .. }).then(|| Position {
+            name: tip.clone(),
+            checkpoint: parent.checkpoint,
+        });
         let (ownership, generation) = own(&config, &store, implied).await?;
         // A delta on it is of use only to those who have it: holders of the same VM, or this very store.
         let reachable = tip.vm == config.name && (ownership.is_some() || store.get(&tip).is_some());
@@ -219,8 +221,7 @@ impl Session {
             options,
         );
         let progress = Arc::default();
-        let checkpoints =
-            Checkpoints::start(protector, &vm, Arc::clone(&spool), Arc::clone(&progress))?;
+        let checkpoints = Checkpoints::start(protector, &vm, Arc::clone(&spool), Arc::clone(&progress))?;
         let session = Self {
             config,
             vm,
@@ -236,7 +237,10 @@ impl Session {
         };
         if let Some(ownership) = ownership {
             session.begin_shipping(&ownership);
-            *session.guard.try_lock().map_err(|_| SessionError::Stopping)? = Some(Guard { ownership, shipping: true });
+            *session.guard.try_lock().map_err(|_| SessionError::Stopping)? = Some(Guard {
+                ownership,
+                shipping: true,
+            });
         }
         Ok(session)
     }
@@ -310,7 +314,10 @@ impl Session {
         if let Some(guard) = guard.as_ref() {
             // Each time: while it stood still another may have become the owner.
             if *self.vm.state().borrow() != RunState::Running {
-                guard.ownership.announce(self.generation, VmState::Running).await?;
+                guard
+                    .ownership
+                    .announce(self.generation, VmState::Running)
+                    .await?;
             }
         }
         Ok(self.vm.resume().await?)
@@ -335,7 +342,10 @@ impl Session {
     /// # Errors
     /// [`SessionError::Chain`] when a link is not here.
     pub fn chain_files(&self, name: &SegmentName) -> Result<Vec<PathBuf>, SessionError> {
-        let chain = self.store.chain(name).map_err(|source| SessionError::Chain { name: name.clone(), source: Box::new(source) })?;
+        let chain = self.store.chain(name).map_err(|source| SessionError::Chain {
+            name: name.clone(),
+            source: Box::new(source),
+        })?;
         Ok(chain
             .iter()
             .map(|entry| self.store.segment_path(&entry.name))
@@ -375,7 +385,10 @@ impl Session {
                 // must give the very same one.
                 ownership.claim_exactly(self.generation).await?;
                 // Ours from here on, whatever fails below: a second try finds it.
-                let on = guard.insert(Guard { ownership, shipping: false });
+                let on = guard.insert(Guard {
+                    ownership,
+                    shipping: false,
+                });
                 self.announce_if_running(&on.ownership).await?;
                 self.begin_shipping(&on.ownership);
                 on.shipping = true;

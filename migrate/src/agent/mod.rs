@@ -181,15 +181,7 @@ impl Agent {
             labels: Default::default(),
             joined_unix_ms: 0,
         };
-        let joined = match backend.join_node(node.clone(), replace).await {
-            Ok(_) => true,
-            Err(error) if error.is_transient() => {
-                tracing::warn!(%error, "the registry is away: the agent stores segments, and joins when it is back");
-                false
-            }
-            Err(error) => return Err(AgentError::Refused(error)),
-        };
-
+        let joined = join(&backend, &node, replace).await?;
         let (stop, stopped) = watch::channel(false);
         let inner = Arc::new(Inner {
             name,
@@ -205,19 +197,7 @@ impl Agent {
             connections: AtomicU32::new(0),
             stop: stopped,
         });
-        let joining = tokio::spawn(async move {
-            if joined {
-                return;
-            }
-            loop {
-                tokio::time::sleep(JOIN_AGAIN).await;
-                match backend.join_node(node.clone(), replace).await {
-                    Ok(_) => return tracing::info!("joined: the registry is back"),
-                    Err(error) if error.is_transient() => {}
-                    Err(error) => return tracing::error!(%error, "the registry refuses this node"),
-                }
-            }
-        });
+        let joining = tokio::spawn(join_later(joined, backend, node, replace));
         let accepting = tokio::spawn(accept(inner.clone(), listener));
         tracing::info!(node = %inner.name, address = %inner.address, registry = %inner.registry_addr, "agent up");
         Ok(Self {
@@ -258,6 +238,33 @@ impl Agent {
             }
         };
         let _ = tokio::time::timeout(SHUTDOWN, released).await;
+    }
+}
+
+/// Tells the registry that the node is there; false when it is away.
+async fn join(registry: &Registry, node: &NodeRecord, replace: bool) -> Result<bool, AgentError> {
+    match registry.join_node(node.clone(), replace).await {
+        Ok(_) => Ok(true),
+        Err(error) if error.is_transient() => {
+            tracing::warn!(%error, "the registry is away: the agent stores segments, and joins when it is back");
+            Ok(false)
+        }
+        Err(error) => Err(AgentError::Refused(error)),
+    }
+}
+
+/// Tells a registry that was away, once it is back.
+async fn join_later(joined: bool, registry: Registry, node: NodeRecord, replace: bool) {
+    if joined {
+        return;
+    }
+    loop {
+        tokio::time::sleep(JOIN_AGAIN).await;
+        match registry.join_node(node.clone(), replace).await {
+            Ok(_) => return tracing::info!("joined: the registry is back"),
+            Err(error) if error.is_transient() => {}
+            Err(error) => return tracing::error!(%error, "the registry refuses this node"),
+        }
     }
 }
 

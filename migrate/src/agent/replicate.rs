@@ -9,6 +9,7 @@ use std::io::Write;
 use std::sync::Arc;
 
 use segment::{Generation, SegmentName, VmId};
+use tokio::io::AsyncWrite;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -16,7 +17,7 @@ use super::Inner;
 use super::sessions::Session;
 use crate::protocol::{BeginResult, CommitResult, PromiseResult, Receiver, ReceiverAction, ReceiverEvent};
 use crate::store::{FsStore, Incoming, StoreError, Stored};
-use crate::transport::{ByteStream, DEAD_AFTER, Link, PING_EVERY, TransportError, in_full};
+use crate::transport::{ByteStream, DEAD_AFTER, FrameWriter, Link, PING_EVERY, TransportError, in_full};
 use crate::wire::{Held, Message, Offer, RefuseReason, Reject};
 
 /// The most pieces that wait for the disk.
@@ -82,7 +83,11 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, link: Link<S>) {
                 Some(Err(TransportError::Closed { .. })) | None => break "closed by the owner".to_owned(),
                 Some(Err(error)) => break in_full(&error),
             },
-            () = sleep_until(deadline) => ReceiverEvent::Tick,
+            // Frames that wait for a slow disk to make room show that the owner lives.
+            () = sleep_until(deadline) => match incoming.is_empty() {
+                true => ReceiverEvent::Tick,
+                false => ReceiverEvent::Unread,
+            },
         };
         let actions = receiver.step(event, started.elapsed());
         if session.is_none()
@@ -93,40 +98,7 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, link: Link<S>) {
         }
         let mut end = None;
         for action in actions {
-            match action {
-                ReceiverAction::Send { stream, message } => {
-                    let sending = writer.send(stream, &message);
-                    match tokio::time::timeout(DEAD_AFTER, sending).await {
-                        Ok(Ok(())) => {}
-                        Ok(Err(error)) => end = Some(in_full(&error)),
-                        Err(_) => end = Some("the owner takes no answers".to_owned()),
-                    }
-                }
-                ReceiverAction::Promise { vm, generation } => {
-                    waiting.push_back(Job::Promise { vm, generation })
-                }
-                ReceiverAction::Find { vm } => waiting.push_back(Job::Find { vm }),
-                ReceiverAction::Begin { transfer, offer } => {
-                    waiting.push_back(Job::Begin { transfer, offer })
-                }
-                ReceiverAction::Write { transfer, bytes } => {
-                    waiting.push_back(Job::Write { transfer, bytes })
-                }
-                ReceiverAction::Commit { transfer } => waiting.push_back(Job::Commit { transfer }),
-                ReceiverAction::Abort { transfer } => waiting.push_back(Job::Abort { transfer }),
-                ReceiverAction::Close { code, why } => {
-                    if code != 0 {
-                        let reject = Message::Reject(Reject {
-                            code,
-                            why: why.clone(),
-                        });
-                        let telling = writer.send(0, &reject);
-                        // It may be gone already.
-                        let _ = tokio::time::timeout(PING_EVERY, telling).await;
-                    }
-                    end = Some(why);
-                }
-            }
+            end = perform(action, &mut writer, &mut waiting).await.or(end);
         }
         if let Some(why) = end {
             break why;
@@ -140,6 +112,43 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, link: Link<S>) {
     } else {
         tracing::debug!(%peer, %why, "a connection ended");
     }
+}
+
+/// Does what the receiver says; returns why the connection is over, when it is.
+async fn perform<W: AsyncWrite + Unpin>(
+    action: ReceiverAction,
+    writer: &mut FrameWriter<W>,
+    waiting: &mut VecDeque<Job>,
+) -> Option<String> {
+    let job = match action {
+        ReceiverAction::Send { stream, message } => {
+            let sending = writer.send(stream, &message);
+            return match tokio::time::timeout(DEAD_AFTER, sending).await {
+                Ok(Ok(())) => None,
+                Ok(Err(error)) => Some(in_full(&error)),
+                Err(_) => Some("the owner takes no answers".to_owned()),
+            };
+        }
+        ReceiverAction::Close { code, why } => {
+            if code != 0 {
+                let reject = Message::Reject(Reject {
+                    code,
+                    why: why.clone(),
+                });
+                // It may be gone already.
+                let _ = tokio::time::timeout(PING_EVERY, writer.send(0, &reject)).await;
+            }
+            return Some(why);
+        }
+        ReceiverAction::Promise { vm, generation } => Job::Promise { vm, generation },
+        ReceiverAction::Find { vm } => Job::Find { vm },
+        ReceiverAction::Begin { transfer, offer } => Job::Begin { transfer, offer },
+        ReceiverAction::Write { transfer, bytes } => Job::Write { transfer, bytes },
+        ReceiverAction::Commit { transfer } => Job::Commit { transfer },
+        ReceiverAction::Abort { transfer } => Job::Abort { transfer },
+    };
+    waiting.push_back(job);
+    None
 }
 
 /// A segment on its way in; or why it cannot be taken any more.

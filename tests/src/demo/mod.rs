@@ -176,7 +176,10 @@ fn watch(cluster: &Cluster, machine: &crate::harness::Machine, epochs: u64) -> R
     let seen = wait_for("checkpoints to be committed", || {
         let count = counter(&machine.console()?, "writes").unwrap_or(0);
         let status = cluster.status(VM, &machine.run_dir)?;
-        if matches!(status["state"].as_str(), Some("fenced" | "failed" | "ended" | "stopped")) {
+        if matches!(
+            status["state"].as_str(),
+            Some("fenced" | "failed" | "ended" | "stopped")
+        ) {
             bail!("the guest is {}: {}", status["state"], status["reason"]);
         }
         bounds.push((epoch(&status["newest"]["name"]), count));

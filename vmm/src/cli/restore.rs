@@ -170,7 +170,11 @@ impl Restore {
         let dir = self.source(&vm, config);
         Wanted {
             name: given.unwrap_or(vm),
-            from: RestoreFrom::Store { dir, segment, chosen: true },
+            from: RestoreFrom::Store {
+                dir,
+                segment,
+                chosen: true,
+            },
         }
     }
 
@@ -187,7 +191,11 @@ impl Restore {
         };
         Ok(Wanted {
             name: given.unwrap_or(vm),
-            from: RestoreFrom::Store { dir, segment: Some(newest.name), chosen: false },
+            from: RestoreFrom::Store {
+                dir,
+                segment: Some(newest.name),
+                chosen: false,
+            },
         })
     }
 

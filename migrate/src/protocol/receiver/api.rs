@@ -94,6 +94,8 @@ pub enum ReceiverEvent<P> {
         /// The generation that is promised now.
         current: Generation,
     },
+    /// Time has passed, and frames wait to be read, for which there is no room yet: the owner lives.
+    Unread,
     /// Time has passed.
     Tick,
 }

@@ -139,6 +139,7 @@ impl Receiver {
                     self.close(Reject::SUPERSEDED, why, &mut actions);
                 }
             }
+            ReceiverEvent::Unread => self.last_heard = now,
             ReceiverEvent::Tick => {}
         }
         if self.state != State::Closed {

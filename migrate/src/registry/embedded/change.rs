@@ -11,6 +11,9 @@ use crate::registry::types::{
 };
 use crate::wire::Held;
 
+/// The table of segments, in a transaction.
+type Segments<'a> = redb::Table<'a, (&'static str, u64, u64), &'static [u8]>;
+
 /// One transaction that changes something.
 pub(super) struct Change<'a> {
     pub(super) txn: &'a WriteTransaction,
@@ -50,33 +53,7 @@ impl Change<'_> {
                 expected,
                 new_owner,
                 claim,
-            } => {
-                check_text("owner", &new_owner)?;
-                let mut record = self.vm(vm)?;
-                if record.generation == expected.next() && record.claim == claim {
-                    // The answer to the first try was lost on its way.
-                    return Ok(RegistryResponse::Vm(record));
-                }
-                if record.generation != expected {
-                    let VmRecord {
-                        vm,
-                        generation,
-                        owner,
-                        ..
-                    } = record;
-                    return Err(RegistryError::Conflict {
-                        vm,
-                        expected,
-                        current: generation,
-                        owner,
-                    });
-                }
-                record.generation = expected.next();
-                record.owner = new_owner;
-                record.claim = claim;
-                record.state = VmState::Stopped;
-                self.put_vm(record)
-            }
+            } => self.raise(vm, expected, new_owner, claim),
             RegistryRequest::SetHolders {
                 vm,
                 generation,
@@ -203,6 +180,40 @@ impl Change<'_> {
         Ok(RegistryResponse::Vm(new))
     }
 
+    fn raise(
+        &self,
+        vm: VmId,
+        expected: Generation,
+        new_owner: String,
+        claim: [u8; 16],
+    ) -> Result<RegistryResponse, RegistryError> {
+        check_text("owner", &new_owner)?;
+        let mut record = self.vm(vm)?;
+        if record.generation == expected.next() && record.claim == claim {
+            // The answer to the first try was lost on its way.
+            return Ok(RegistryResponse::Vm(record));
+        }
+        if record.generation != expected {
+            let VmRecord {
+                vm,
+                generation,
+                owner,
+                ..
+            } = record;
+            return Err(RegistryError::Conflict {
+                vm,
+                expected,
+                current: generation,
+                owner,
+            });
+        }
+        record.generation = expected.next();
+        record.owner = new_owner;
+        record.claim = claim;
+        record.state = VmState::Stopped;
+        self.put_vm(record)
+    }
+
     fn vm(&self, vm: VmId) -> Result<VmRecord, RegistryError> {
         let table = self.txn.open_table(VMS).map_err(storage)?;
         read_vm(&table, &vm)?.ok_or(RegistryError::NoSuchVm { vm })
@@ -327,18 +338,7 @@ impl Change<'_> {
             }
             table.insert(key, encode(&segment).as_slice()).map_err(storage)?;
         }
-        while count > MAX_SEGMENTS_PER_VM {
-            let id = record.vm.as_str();
-            let oldest = {
-                let mut all = table
-                    .range((id, 0, 0)..=(id, u64::MAX, u64::MAX))
-                    .map_err(storage)?;
-                let Some(item) = all.next() else { break };
-                let (key, _) = item.map_err(storage)?;
-                let (_, g, e) = key.value();
-                (g, e)
-            };
-            table.remove((id, oldest.0, oldest.1)).map_err(storage)?;
+        while count > MAX_SEGMENTS_PER_VM && drop_oldest(&mut table, record.vm.as_str())? {
             count -= 1;
         }
         counts.insert(record.vm.as_str(), count).map_err(storage)?;
@@ -351,6 +351,19 @@ impl Change<'_> {
         }
         Ok(RegistryResponse::Done)
     }
+}
+
+/// Drops the oldest record of a VM; false when there is none.
+fn drop_oldest(table: &mut Segments<'_>, id: &str) -> Result<bool, RegistryError> {
+    let mut all = table
+        .range((id, 0, 0)..=(id, u64::MAX, u64::MAX))
+        .map_err(storage)?;
+    let Some(item) = all.next() else { return Ok(false) };
+    let (key, _) = item.map_err(storage)?;
+    let (_, generation, epoch) = key.value();
+    drop((key, all));
+    table.remove((id, generation, epoch)).map_err(storage)?;
+    Ok(true)
 }
 
 fn check_segment(record: &VmRecord, segment: &SegmentRecord) -> Result<(), RegistryError> {
