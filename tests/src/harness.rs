@@ -309,7 +309,11 @@ impl Cluster {
                     std::fs::read_to_string(&said)?.trim()
                 );
             }
-            Ok(self.status(name, &run_dir).ok())
+            // It answers before its guest runs.
+            Ok(self
+                .status(name, &run_dir)
+                .ok()
+                .filter(|status| status["state"] != "Not started"))
         })?;
         Ok(Machine {
             name: name.into(),
