@@ -36,8 +36,12 @@ const GENERAL_NAMES: [&str; GENERAL] = [
 /// A vector register: the 128 bits of XMM first, then the upper half of YMM.
 type Vector = [u64; 4];
 
+/// Aligned, for the instructions that use a key from memory fault on one that is not.
+#[repr(C, align(32))]
+struct Keys([Vector; VECTOR]);
+
 /// The keys of the vector step.
-static KEYS: [Vector; VECTOR] = {
+static KEYS: Keys = Keys({
     let mut keys = [[0; 4]; VECTOR];
     let mut at = 0;
     while at < VECTOR * 4 {
@@ -46,7 +50,7 @@ static KEYS: [Vector; VECTOR] = {
         at += 1;
     }
     keys
-};
+});
 
 /// A full set of register values. The assembly below knows the offsets.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -245,7 +249,7 @@ impl Registers {
     pub(crate) fn after(&self, avx: bool, steps: u64) -> Self {
         let (factor, addend) = affine_power(steps);
         let mut vector = self.vector;
-        for (value, key) in vector.iter_mut().zip(&KEYS) {
+        for (value, key) in vector.iter_mut().zip(&KEYS.0) {
             let [a, b] = half_after([value[0], value[1]], [key[0], key[1]], steps);
             let upper = [value[2], value[3]];
             let [c, d] = if avx {
