@@ -1,7 +1,6 @@
 //! How fast captured pages become a segment, and how small.
 
 use std::io::Cursor;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use migrate::checkpoint::{CaptureKind, EncodeOptions, EncodePool};
@@ -12,6 +11,7 @@ use super::limits::{self, timed};
 use super::pages::{self, Bytes, FRAME_BYTES};
 use super::row::Row;
 use super::stats::Samples;
+use vmm::memory::PAGE_BYTES;
 
 const RATE: &str = "encode.rate";
 const RATE_ZERO: &str = "encode.rate.zero";
@@ -26,7 +26,7 @@ pub(crate) fn rate(lab: &Lab) -> Result<Vec<Row>> {
     let guest = Guest::filled(lab, &format!("mib={mib}"), mib + 32)?;
     let captured = guest.capture(CaptureKind::Full)?;
     drop(guest);
-    let data = pages::content(&captured, false);
+    let data = pages::content(&captured);
     drop(captured);
     let n = lab.samples(15, 3);
 
@@ -84,7 +84,7 @@ fn encoded(bytes: &Bytes, n: usize) -> Result<(Samples, u64)> {
     Ok((rates, stored))
 }
 
-/// Page writes a second, and seconds between two deltas: pages that were written once before are written again.
+/// Page writes a second. The memory is large beside them: most pages in a delta were written once before it.
 const RATIO_WRITES: u64 = 2_000;
 
 pub(crate) fn ratio(lab: &Lab) -> Result<Vec<Row>> {
@@ -92,19 +92,14 @@ pub(crate) fn ratio(lab: &Lab) -> Result<Vec<Row>> {
     let mut taker = Taker::new(lab, &guest)?;
     taker.take(true)?;
     let (mut ratios, mut alone, mut dirty) = (Samples::default(), Samples::default(), Samples::default());
-    let pages_of = |captured: &_| pages::content(captured, true);
-    for _ in 0..lab.samples(5, 2) {
-        std::thread::sleep(Duration::from_millis(if lab.quick() { 500 } else { 1000 }));
+    for _ in 0..lab.samples(7, 2) {
+        std::thread::sleep(lab.stretch() / 2);
         let taken = taker.take(false)?;
-        let pages = taken.summary.data_pages + taken.summary.zero_pages;
-        ratios.push(taken.summary.file_bytes as f64 / (pages << 12) as f64);
-        dirty.push(pages as f64);
-        // The next such delta, compressed by zstd and nothing else. Its pages are put back into the set by no one,
-        // so the chain ends here; no one restores it.
-        std::thread::sleep(Duration::from_millis(if lab.quick() { 500 } else { 1000 }));
-        let bytes = pages_of(&guest.capture(CaptureKind::Delta)?);
-        let (_, compressed) = limits::compress(&bytes.0, FRAME_BYTES)?;
-        alone.push(compressed as f64 / bytes.0.len().max(1) as f64);
+        let bytes = pages::stored(&taker.store, &taken.entry.name)?;
+        ratios.push(taken.summary.file_bytes as f64 / bytes.len().max(1) as f64);
+        dirty.push((bytes.len() / PAGE_BYTES) as f64);
+        let (_, compressed) = limits::compress(&bytes, FRAME_BYTES)?;
+        alone.push(compressed as f64 / bytes.len().max(1) as f64);
     }
     let row = Row::new(RATIO, "segment bytes per dirty byte", &ratios)?
         .limit(

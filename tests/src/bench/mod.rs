@@ -80,7 +80,7 @@ static BENCHES: &[Bench] = &[
     },
     Bench {
         rows: &["capture.rate"],
-        about: "epochs a second committed by one holder, a checkpoint every 5 ms",
+        about: "epochs a second committed by one holder, a checkpoint every 4 ms",
         measure: replicate::measure,
     },
     Bench {

@@ -19,7 +19,10 @@ use super::stats::Samples;
 
 const NAME: &str = "capture.rate";
 const TARGET: f64 = 200.0;
-const EVERY_MS: u64 = 5;
+/// Asked for a little faster than the target, so that the target is not all there can be.
+const EVERY_MS: u64 = 4;
+/// About what a checkpoint of this guest takes, for the disk's limit.
+const SEGMENT_BYTES: usize = 20_000;
 /// How much of its work the guest must still do, in percent.
 const WORK_PERCENT: f64 = 90.0;
 const VM: &str = "rate";
@@ -32,14 +35,16 @@ pub(crate) fn measure(lab: &Lab) -> Result<Vec<Row>> {
         Ok(last.work_since(&first))
     };
     let before = undisturbed(lab)?;
+    let puts_before = puts(lab)?;
     let seen = protected(lab, &command_line, memory_mib)?;
-    let put = put(lab, seen.segment_bytes)?;
+    // The better of the two, as a disk's speed drifts.
+    let puts = puts(lab)?.max(puts_before);
     let after = undisturbed(lab)?;
 
     let work = 100.0 * seen.work / ((before + after) / 2.0);
     let row = Row::new(NAME, "epochs/s", &seen.rates)?
         .limit(
-            (1.0 / put).min(1000.0 / EVERY_MS as f64),
+            puts.min(1000.0 / EVERY_MS as f64),
             "one durable write of such a segment after the other, and no faster than asked for",
         )
         .at_least(TARGET)
@@ -56,14 +61,14 @@ pub(crate) fn measure(lab: &Lab) -> Result<Vec<Row>> {
     Ok(vec![row])
 }
 
-/// Seconds that a durable write of so many bytes takes.
-fn put(lab: &Lab, bytes: f64) -> Result<f64> {
+/// Durable writes of such a segment, one after the other, that the disk takes a second.
+fn puts(lab: &Lab) -> Result<f64> {
     let folder = lab.temporary("limit-")?;
-    let segment = Random(3).bytes(bytes.max(1.0) as usize);
-    let times = Samples::collect(lab.samples(200, 20), |index| {
+    let segment = Random(3).bytes(SEGMENT_BYTES);
+    let seconds = Samples::collect(lab.samples(200, 20), |index| {
         limits::put(folder.path(), &format!("{index}.seg"), &segment).map(|time| time.as_secs_f64())
     })?;
-    Ok(times.median())
+    Ok(1.0 / seconds.median().max(1e-9))
 }
 
 struct Seen {
@@ -127,7 +132,7 @@ fn watch(lab: &Lab, session: &Session) -> Result<Seen> {
     for _ in 0..lab.samples(10, 3) {
         let end = last.1 + Duration::from_secs(1);
         while Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(100));
             stops.push(
                 session
                     .status()

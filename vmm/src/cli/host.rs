@@ -484,10 +484,10 @@ mod tests {
         let session = instance.start(Origin::Boot, true).await.unwrap();
         let vm = session.vm().clone();
         let done = tokio::task::spawn_blocking(move || then(&vm));
-        let outcome = host
-            .attend(&instance, &session, None, &mut Signals::new().unwrap())
-            .await
-            .unwrap();
+        let mut signals = Signals::new().unwrap();
+        let end = host.attend(&instance, &session, None, &mut signals);
+        let end = tokio::time::timeout(Duration::from_secs(60), end).await;
+        let outcome = end.expect("the host sees the end").unwrap();
         done.await.unwrap();
         host.note(place, &outcome);
         let found = super::super::rundir::Found::at(&host.run_dir, "web");
