@@ -17,22 +17,17 @@ use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::memory::{GuestMemory, GuestRam, HIGH_RAM_START, LOW_RAM_END, PAGE_BYTES};
+use crate::acpi;
+use crate::layout::{
+    COMMAND_LINE, GDT, HIGH_MEMORY, LOW_RAM_END, MODULES, RSDP, START_INFO, VirtioSlot,
+    ZERO_PAGE as MEMORY_MAP, memory_map,
+};
+use crate::memory::{GuestMemory, GuestRam, PAGE_BYTES};
 
-const GDT: u64 = 0x500;
-const START_INFO: u64 = 0x6000;
-const MODULES: u64 = 0x6040;
-const MEMORY_MAP: u64 = 0x7000;
-const COMMAND_LINE: u64 = 0x2_0000;
 /// The longest command line, in bytes, without its closing zero.
 pub const MAX_COMMAND_LINE_BYTES: usize = 0xffff;
-/// Where conventional memory ends.
-const EBDA: u64 = 0x9_fc00;
-/// Where a kernel may begin.
-const HIGH_MEMORY: u64 = 0x10_0000;
 /// `XEN_HVM_START_MAGIC_VALUE`.
 const START_MAGIC: u32 = 0x336e_c578;
-const MEMMAP_RAM: u64 = 1;
 
 /// What a guest is started with.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -100,11 +95,11 @@ pub enum BootError {
     },
 }
 
-/// Loads kernel, initrd and boot data; returns the address of the first instruction.
+/// Loads kernel, initrd and boot data for a machine of `vcpus` with devices in `slots`; returns the address of the first instruction.
 ///
 /// # Errors
 /// [`BootError`] naming the file and what is wrong with it.
-pub fn load(ram: &GuestRam, source: &BootSource) -> Result<u64, BootError> {
+pub fn load(ram: &GuestRam, source: &BootSource, vcpus: u8, slots: &[VirtioSlot]) -> Result<u64, BootError> {
     let memory = ram.memory();
     let low_end = ram.bytes().min(LOW_RAM_END);
     let (entry, kernel_end) = load_kernel(memory, &source.kernel, ram.bytes(), low_end)?;
@@ -114,6 +109,9 @@ pub fn load(ram: &GuestRam, source: &BootSource) -> Result<u64, BootError> {
         .map(|path| load_initrd(memory, path, kernel_end, low_end, ram.bytes()))
         .transpose()?;
     load_command_line(memory, &source.command_line)?;
+    for (at, table) in acpi::tables(vcpus, slots) {
+        write(memory, "an ACPI table", at, &table)?;
+    }
     write_start_info(memory, ram.bytes(), initrd)?;
     write_gdt(memory)?;
     Ok(entry)
@@ -268,27 +266,13 @@ fn load_command_line(memory: &GuestMemory, line: &str) -> Result<(), BootError> 
     write(memory, "the command line", COMMAND_LINE, &bytes)
 }
 
-/// The RAM a guest of `bytes` is told of: `(address, bytes)`, without the PC's hole below 1 MiB.
-#[must_use]
-pub fn memory_map(bytes: u64) -> Vec<(u64, u64)> {
-    let low_end = bytes.min(LOW_RAM_END);
-    let mut map = vec![(0, EBDA), (HIGH_MEMORY, low_end.saturating_sub(HIGH_MEMORY))];
-    if bytes > low_end {
-        map.push((HIGH_RAM_START, bytes - low_end));
-    }
-    map
-}
-
 fn write_start_info(memory: &GuestMemory, bytes: u64, initrd: Option<(u64, u64)>) -> Result<(), BootError> {
     let map = memory_map(bytes);
     let mut table = Vec::new();
-    for &(address, length) in &map {
+    for range in &map {
         // hvm_memmap_table_entry: addr, size, type and a reserved word.
-        table.extend(
-            [address, length, MEMMAP_RAM]
-                .into_iter()
-                .flat_map(u64::to_le_bytes),
-        );
+        let entry = [range.address, range.bytes, range.kind as u64];
+        table.extend(entry.into_iter().flat_map(u64::to_le_bytes));
     }
     write(memory, "the memory map", MEMORY_MAP, &table)?;
     if let Some((start, length)) = initrd {
@@ -309,7 +293,7 @@ fn write_start_info(memory: &GuestMemory, bytes: u64, initrd: Option<(u64, u64)>
     );
     let modlist = if modules > 0 { MODULES } else { 0 };
     info.extend(
-        [modlist, COMMAND_LINE, 0, MEMORY_MAP]
+        [modlist, COMMAND_LINE, RSDP, MEMORY_MAP]
             .into_iter()
             .flat_map(u64::to_le_bytes),
     );

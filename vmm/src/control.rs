@@ -48,7 +48,7 @@ impl RunState {
             Self::Paused => "paused",
             Self::Running => "running",
             Self::Fenced { .. } => "fenced",
-            Self::Ended(GuestEnd::Reset) => "ended",
+            Self::Ended(GuestEnd::Reset | GuestEnd::PowerOff) => "ended",
             Self::Ended(GuestEnd::TripleFault | GuestEnd::Failed(_)) => "failed",
             Self::Stopped => "stopped",
         }
@@ -60,7 +60,8 @@ impl RunState {
         match self {
             Self::Paused | Self::Running | Self::Stopped => None,
             Self::Fenced { reason } => Some(reason.clone()),
-            Self::Ended(GuestEnd::Reset) => Some("the guest reset or switched itself off".into()),
+            Self::Ended(GuestEnd::Reset) => Some("the guest reset".into()),
+            Self::Ended(GuestEnd::PowerOff) => Some("the guest switched itself off".into()),
             Self::Ended(GuestEnd::TripleFault) => {
                 Some("the guest faulted with no way on (triple fault)".into())
             }
@@ -463,7 +464,8 @@ impl Owner {
             tracing::error!(%error, "stop the other vCPUs after the guest ended");
         }
         match &end {
-            GuestEnd::Reset => tracing::info!(vcpu = id, "the guest reset or switched itself off"),
+            GuestEnd::Reset => tracing::info!(vcpu = id, "the guest reset"),
+            GuestEnd::PowerOff => tracing::info!(vcpu = id, "the guest switched itself off"),
             GuestEnd::TripleFault => {
                 tracing::error!(vcpu = id, "the guest faulted with no way on (triple fault)")
             }

@@ -126,7 +126,7 @@ mod tests {
             .write_slice(&[1; 5000], GuestAddress(4096 * 10 + 4000))
             .unwrap();
         ram.memory()
-            .write_obj(7u8, GuestAddress(crate::memory::HIGH_RAM_START))
+            .write_obj(7u8, GuestAddress(crate::layout::HIGH_RAM_START))
             .unwrap();
         dirty.collect_own(&ram);
         dirty.put_back([3, 64, u64::MAX].into_iter());

@@ -1,6 +1,7 @@
 //! The monitor: a minimal KVM VMM whose guests can be checkpointed and restored elsewhere.
 #![deny(unsafe_code)]
 
+pub mod acpi;
 pub mod api;
 pub mod boot;
 pub mod bus;
@@ -12,6 +13,7 @@ pub mod devices;
 pub mod dirty;
 #[allow(unsafe_code)]
 pub mod kvm;
+pub mod layout;
 #[allow(unsafe_code)]
 pub mod memory;
 pub mod outbox;

@@ -18,6 +18,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
+use crate::layout::{HIGH_RAM_START, LOW_RAM_END};
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, ftruncate, memfd_create, seek};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use vm_memory::bitmap::AtomicBitmap;
@@ -26,10 +27,6 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 /// Bytes in a page of address space 0.
 pub const PAGE_BYTES: usize = 4096;
-/// Where low RAM ends and the hole for devices begins.
-pub const LOW_RAM_END: u64 = 3 << 30;
-/// Where high RAM begins.
-pub const HIGH_RAM_START: u64 = 4 << 30;
 /// The least memory a guest can be given: the boot structures and a small kernel need about this much.
 pub const MIN_MEMORY_BYTES: u64 = 4 << 20;
 /// The most memory a guest can be given.

@@ -23,7 +23,7 @@ use crate::boot::BootSource;
 use crate::control::{RunState, VmHandle};
 use crate::replica::{RamTarget, VmSource};
 use crate::state;
-use crate::vm::{MachineConfig, Vm};
+use crate::vm::{MachineConfig, Vm, no_devices};
 use checkpoints::{Checkpoints, Progress};
 use follower::Follower;
 use ownership::Ownership;
@@ -124,8 +124,10 @@ impl Session {
         let store = open_store(&config, machine.memory_bytes)?;
         // The machine before the registry: a kernel that is none must not leave a VM behind in the cluster.
         let source = source.clone();
-        let vm = blocking(move || VmHandle::start(|outbox, ended| Vm::boot(machine, &source, outbox, ended)))
-            .await??;
+        let vm = blocking(move || {
+            VmHandle::start(|outbox, ended| Vm::boot(machine, &source, &no_devices, outbox, ended))
+        })
+        .await??;
         let (ownership, generation) = own(&config, &store, None).await?;
         Self::new(
             config,
@@ -168,7 +170,7 @@ impl Session {
                         .map(drop)
                         .map_err(Into::into)
                 };
-                Vm::restore(&saved, load, outbox, ended)
+                Vm::restore(&saved, load, &no_devices, outbox, ended)
             })
         })
         .await??;

@@ -33,8 +33,10 @@ const STOP_SPIN: Duration = Duration::from_micros(200);
 /// Why a vCPU stopped of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum GuestEnd {
-    /// The guest asked for a reset or switched itself off.
+    /// The guest asked for a reset.
     Reset,
+    /// The guest switched itself off.
+    PowerOff,
     /// The guest faulted with no way on (a triple fault).
     TripleFault,
     /// KVM could not go on; the text says what it reported.
@@ -313,14 +315,14 @@ fn run_until_stop(fd: &mut VcpuFd, shared: &Shared, bus: &Bus) -> Option<GuestEn
     while !shared.stop.load(Ordering::SeqCst) {
         match fd.run() {
             Ok(VcpuExit::IoOut(port, data)) => {
-                if bus.write(port, data, &Sleeper(shared)) {
-                    return Some(GuestEnd::Reset);
+                if let Some(end) = bus.write(port, data, &Sleeper(shared)) {
+                    return Some(end);
                 }
             }
             Ok(VcpuExit::IoIn(port, data)) => bus.read(port, data),
-            // Nothing is mapped there: reads are all ones, as on a bus with no device.
-            Ok(VcpuExit::MmioRead(_, data)) => data.fill(0xff),
-            Ok(VcpuExit::MmioWrite(..) | VcpuExit::IrqWindowOpen | VcpuExit::Intr | VcpuExit::Hlt) => {}
+            Ok(VcpuExit::MmioRead(address, data)) => bus.mmio_read(address, data),
+            Ok(VcpuExit::MmioWrite(address, data)) => bus.mmio_write(address, data),
+            Ok(VcpuExit::IrqWindowOpen | VcpuExit::Intr | VcpuExit::Hlt) => {}
             Ok(VcpuExit::Shutdown) => return Some(GuestEnd::TripleFault),
             Ok(VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_CRASH, _)) => {
                 return Some(GuestEnd::Failed("the guest reported a crash".into()));

@@ -17,18 +17,19 @@ use kvm_bindings::{
     KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, BootError, BootSource};
-use crate::bus::Bus;
+use crate::bus::{Attached, Bus, Occupied};
 use crate::cpuid;
 use crate::devices::DeviceStateError;
 use crate::devices::i8042::{I8042, I8042State};
 use crate::devices::rtc::{Rtc, RtcState};
-use crate::devices::serial::{self, Interrupt, SerialPort};
+use crate::devices::serial::{Interrupt, SerialPort};
 use crate::dirty::DirtyTracker;
 use crate::kvm::{self, KvmError};
+use crate::layout::{IDENTITY_MAP, SERIAL_GSI, TSS_PAGES, VIRTIO_QUEUE_NOTIFY};
 use crate::memory::{GuestRam, MemoryError};
 use crate::outbox::Outbox;
 use crate::vcpu::state::{self, RestoreError, VcpuState};
@@ -36,10 +37,6 @@ use crate::vcpu::{GuestEnd, Vcpu, VcpuError, msrs};
 
 /// The most vCPUs a guest can have.
 pub const MAX_VCPUS: u8 = 32;
-/// Three pages below the BIOS that Intel's virtual 8086 mode needs; nothing else may be there.
-const TSS_ADDRESS: usize = 0xfffb_d000;
-/// One page beside them for the identity map that real mode needs without "unrestricted guest".
-const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 
 /// The size of a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,9 +104,30 @@ pub enum VmError {
         #[source]
         source: std::io::Error,
     },
+    /// Two devices in one slot.
+    #[error("attach the devices")]
+    Occupied(#[from] Occupied),
+    /// A device could not be made.
+    #[error("attach the devices")]
+    Attach(#[source] BoxedError),
     /// The guest's memory could not be filled.
     #[error("load the guest's memory")]
-    Load(#[source] Box<dyn std::error::Error + Send + Sync>),
+    Load(#[source] BoxedError),
+}
+
+/// An error of a layer that the machine does not know.
+pub type BoxedError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Makes the devices of a machine, for its memory. Called when the memory is as the guest will find it; after a
+/// restore that is the time to look at rings and to raise interrupts.
+pub type Attach<'a> = &'a dyn Fn(&Arc<GuestRam>) -> Result<Vec<Attached>, BoxedError>;
+
+/// A machine without virtio devices.
+///
+/// # Errors
+/// Never.
+pub fn no_devices(_: &Arc<GuestRam>) -> Result<Vec<Attached>, BoxedError> {
+    Ok(Vec::new())
 }
 
 /// Called on a vCPU's thread when the guest ends of itself.
@@ -122,6 +140,7 @@ pub struct Vm {
     bus: Arc<Bus>,
     fd: VmFd,
     ram: Arc<GuestRam>,
+    attached: Vec<Attached>,
     dirty: DirtyTracker,
     logging: bool,
     config: MachineConfig,
@@ -159,9 +178,9 @@ impl Parts {
         let fd = kvm
             .create_vm()
             .map_err(KvmError::ioctl("KVM_CREATE_VM", "/dev/kvm"))?;
-        fd.set_tss_address(TSS_ADDRESS)
+        fd.set_tss_address(TSS_PAGES)
             .map_err(KvmError::ioctl("KVM_SET_TSS_ADDR", "the VM"))?;
-        fd.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+        fd.set_identity_map_address(IDENTITY_MAP)
             .map_err(KvmError::ioctl("KVM_SET_IDENTITY_MAP_ADDR", "the VM"))?;
         fd.create_irq_chip()
             .map_err(KvmError::ioctl("KVM_CREATE_IRQCHIP", "the VM"))?;
@@ -195,13 +214,39 @@ impl Parts {
         };
         let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(make)?;
         self.fd
-            .register_irqfd(&event, serial::IRQ)
+            .register_irqfd(&event, SERIAL_GSI)
             .map_err(KvmError::ioctl("KVM_IRQFD", "the serial port"))?;
         Ok(Interrupt::new(event))
     }
 
-    fn into_vm(self, config: MachineConfig, ram: GuestRam, bus: Bus, ended: &Ended) -> Result<Vm, VmError> {
-        set_slots(&self.fd, &ram, false)?;
+    /// Ties a device to its line and its queues' kicks, and puts it on the bus.
+    fn attach(&self, bus: &mut Bus, attached: &Attached) -> Result<(), VmError> {
+        let slot = attached.slot;
+        let on = |ioctl: &'static str| KvmError::ioctl(ioctl, format!("virtio slot {}", slot.number()));
+        bus.attach(slot, Arc::clone(&attached.device))?;
+        self.fd
+            .register_irqfd(&attached.interrupt, slot.gsi())
+            .map_err(on("KVM_IRQFD"))?;
+        let notify = IoEventAddress::Mmio(slot.address() + VIRTIO_QUEUE_NOTIFY);
+        for (kick, queue) in attached.kicks.iter().zip(0u32..) {
+            self.fd
+                .register_ioevent(kick, &notify, queue)
+                .map_err(on("KVM_IOEVENTFD"))?;
+        }
+        Ok(())
+    }
+
+    fn into_vm(
+        self,
+        config: MachineConfig,
+        ram: Arc<GuestRam>,
+        mut bus: Bus,
+        attached: Vec<Attached>,
+        ended: &Ended,
+    ) -> Result<Vm, VmError> {
+        for device in &attached {
+            self.attach(&mut bus, device)?;
+        }
         let bus = Arc::new(bus);
         let vcpus = self
             .vcpus
@@ -217,7 +262,8 @@ impl Parts {
             vcpus,
             bus,
             fd: self.fd,
-            ram: Arc::new(ram),
+            ram,
+            attached,
             dirty,
             logging: false,
             config,
@@ -254,12 +300,16 @@ impl Vm {
     pub fn boot(
         config: MachineConfig,
         source: &BootSource,
+        attach: Attach<'_>,
         outbox: &Outbox,
         ended: &Ended,
     ) -> Result<Self, VmError> {
-        let ram = GuestRam::new(config.memory_bytes)?;
-        let entry = boot::load(&ram, source)?;
+        let ram = Arc::new(GuestRam::new(config.memory_bytes)?);
+        let attached = attach(&ram).map_err(VmError::Attach)?;
+        let slots: Vec<_> = attached.iter().map(|device| device.slot).collect();
+        let entry = boot::load(&ram, source, config.vcpus, &slots)?;
         let parts = Parts::new(config.vcpus)?;
+        set_slots(&parts.fd, &ram, false)?;
         let supported = cpuid::supported(&parts.kvm)?;
         for (vcpu, id) in parts.vcpus.iter().zip(0u8..) {
             let on = |ioctl: &'static str| KvmError::ioctl(ioctl, format!("vCPU {id}"));
@@ -278,12 +328,8 @@ impl Vm {
             }
         }
         let serial = SerialPort::new(parts.serial_interrupt()?, outbox.writer());
-        parts.into_vm(
-            config,
-            ram,
-            Bus::new(serial, I8042::default(), Rtc::default()),
-            ended,
-        )
+        let bus = Bus::new(serial, I8042::default(), Rtc::default());
+        parts.into_vm(config, ram, bus, attached, ended)
     }
 
     /// A machine with a saved state, whose memory `load` fills. It does not run yet.
@@ -294,7 +340,8 @@ impl Vm {
     /// [`VmError`], before anything has run.
     pub fn restore(
         saved: &MachineState,
-        load: impl FnOnce(&GuestRam) -> Result<(), Box<dyn std::error::Error + Send + Sync>>,
+        load: impl FnOnce(&GuestRam) -> Result<(), BoxedError>,
+        attach: Attach<'_>,
         outbox: &Outbox,
         ended: &Ended,
     ) -> Result<Self, VmError> {
@@ -315,7 +362,7 @@ impl Vm {
         }
         // Slots before the vCPUs: writing an MSR that holds a guest address (kvmclock, PV EOI, async page faults) makes
         // KVM look the address up. The memory is filled after them: some of these writes make KVM write to it.
-        let ram = GuestRam::new(saved.config.memory_bytes)?;
+        let ram = Arc::new(GuestRam::new(saved.config.memory_bytes)?);
         set_slots(&parts.fd, &ram, false)?;
         for (vcpu, (state, id)) in parts.vcpus.iter().zip(saved.vcpus.iter().zip(0u8..)) {
             state::restore(vcpu, id, state, parts.xsave_bytes, scales_tsc)?;
@@ -341,7 +388,8 @@ impl Vm {
             I8042::from_state(&saved.i8042)?,
             Rtc::from_state(&saved.rtc)?,
         );
-        parts.into_vm(saved.config, ram, bus, ended)
+        let attached = attach(&ram).map_err(VmError::Attach)?;
+        parts.into_vm(saved.config, ram, bus, attached, ended)
     }
 
     /// Its size.
@@ -360,6 +408,12 @@ impl Vm {
     #[must_use]
     pub fn bus(&self) -> &Arc<Bus> {
         &self.bus
+    }
+
+    /// Its virtio devices.
+    #[must_use]
+    pub fn attached(&self) -> &[Attached] {
+        &self.attached
     }
 
     /// Whether the guest has ended of itself on some vCPU.

@@ -8,10 +8,10 @@ use std::time::Duration;
 use common::{Guests, PATIENCE, small, wait_for};
 use vmm::boot::BootSource;
 use vmm::control::{RunState, VmHandle};
-use vmm::vm::{MachineConfig, Vm};
+use vmm::vm::{MachineConfig, Vm, no_devices};
 
 fn boot(config: MachineConfig, source: &BootSource) -> VmHandle {
-    VmHandle::start(|outbox, ended| Vm::boot(config, source, outbox, ended)).unwrap()
+    VmHandle::start(|outbox, ended| Vm::boot(config, source, &no_devices, outbox, ended)).unwrap()
 }
 
 fn run<T>(future: impl Future<Output = T>) -> T {

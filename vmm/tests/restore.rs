@@ -169,7 +169,7 @@ async fn memory_on_both_sides_of_the_hole_is_kept() {
     session.resume().await.unwrap();
     tokio::task::block_in_place(|| work(&session, 40_000));
     let pages = session.vm().ram().populated().unwrap();
-    let hole = vmm::memory::LOW_RAM_END / 4096;
+    let hole = vmm::layout::LOW_RAM_END / 4096;
     assert!(
         pages.iter().any(|run| run.start > 1024 && run.end < hole),
         "nothing below the hole"

@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 use vmm::boot::BootSource;
 use vmm::control::VmHandle;
 use vmm::replica::VmSource;
-use vmm::vm::{MachineConfig, Vm};
+use vmm::vm::{MachineConfig, Vm, no_devices};
 
 use super::lab::{Lab, cores};
 
@@ -170,8 +170,10 @@ impl Guest {
     /// Boots a guest and lets it run.
     pub(crate) fn start(lab: &Lab, kernel: &str, command_line: &str, memory_mib: u64) -> Result<Self> {
         let source = boot_source(lab, kernel, command_line);
-        let vm = VmHandle::start(|outbox, ended| Vm::boot(machine(memory_mib), &source, outbox, ended))
-            .with_context(|| format!("boot {kernel} ({command_line}) with {memory_mib} MiB"))?;
+        let vm = VmHandle::start(|outbox, ended| {
+            Vm::boot(machine(memory_mib), &source, &no_devices, outbox, ended)
+        })
+        .with_context(|| format!("boot {kernel} ({command_line}) with {memory_mib} MiB"))?;
         let runtime = lab.runtime().handle().clone();
         runtime.block_on(vm.resume()).context("let the guest run")?;
         Ok(Self {

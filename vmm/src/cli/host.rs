@@ -271,7 +271,7 @@ impl Host {
                 Outcome::GuestFailed("it faulted with no way on (triple fault)".into())
             }
             End::Vm(RunState::Ended(GuestEnd::Failed(why))) => Outcome::GuestFailed(why),
-            End::Vm(RunState::Ended(GuestEnd::Reset)) => Outcome::Ended,
+            End::Vm(RunState::Ended(GuestEnd::Reset | GuestEnd::PowerOff)) => Outcome::Ended,
             End::Vm(RunState::Stopped | RunState::Paused | RunState::Running) | End::Quit | End::Asked => {
                 Outcome::Done
             }

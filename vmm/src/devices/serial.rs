@@ -9,9 +9,6 @@ use vmm_sys_util::eventfd::EventFd;
 use super::DeviceStateError;
 use crate::outbox::ConsoleWriter;
 
-/// The interrupt line.
-pub const IRQ: u32 = 4;
-
 /// An eventfd that KVM turns into an interrupt.
 #[derive(Debug)]
 pub struct Interrupt(EventFd);
