@@ -14,7 +14,9 @@
 pub mod agent;
 pub mod checkpoint;
 pub mod crashsafe;
+pub mod detect;
 pub mod failover;
+pub mod lease;
 pub mod load;
 pub mod protect;
 pub mod protocol;

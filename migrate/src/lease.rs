@@ -1,0 +1,481 @@
+//! Until when an owner may run its guest, and when nobody else may have let it: pure.
+//!
+//! ```text
+//!   owner                         registry, holders                       candidate
+//!   renew (sent at t) ----------> noted at t' >= t
+//!     <------------------------- answer
+//!   may run until t + ttl         lets nobody in until t' + guard         raise -> seal -> wait what is left -> run
+//! ```
+//!
+//! An owner may run its guest while its lease in the registry holds, *or* while `ack_quorum` holders have granted it time:
+//! a registry that is away stops no guest, and neither do holders that are. A candidate ends both: after the raise the
+//! registry renews no more, and of the holders it seals `holders - ack_quorum + 1`, so that fewer than the quorum can
+//! still have a grant out. What was granted before has to run out, by the clock of who granted it, before the candidate
+//! starts the guest.
+//!
+//! Invariants: the owner counts from when it *sent* the renewal that was answered and the grantor from when it received
+//! it, so the owner's end is never the later one; a grantor waits longer than the lease by the most that two clocks may
+//! run apart ([`LeaseTerms::guard`]); a renewal that was not answered counts for nothing.
+//!
+//! What it never does: no clock, no socket. Times are durations since any fixed instant of a clock that goes on while
+//! the host is suspended (`CLOCK_BOOTTIME`); the times of different hosts are never compared.
+
+use std::fmt;
+use std::time::Duration;
+
+use segment::Generation;
+
+/// How far two clocks may run apart while a lease lasts, in parts per thousand.
+pub const MAX_DRIFT_PER_MILLE: u32 = 10;
+/// The shortest lease.
+pub const MIN_TTL: Duration = Duration::from_millis(50);
+/// The longest lease: a holder that restarts grants nobody else anything for as long.
+pub const MAX_TTL: Duration = Duration::from_secs(60);
+
+/// How long a lease is and how often it is renewed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LeaseTerms {
+    /// How long one renewal lasts.
+    pub ttl: Duration,
+    /// How often it is renewed: several times in a `ttl`.
+    pub renew_every: Duration,
+}
+
+/// Why terms cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TermsError {
+    /// The length.
+    #[error("a lease of {ttl:?}: {MIN_TTL:?} to {MAX_TTL:?} is possible")]
+    Ttl {
+        /// What was asked for.
+        ttl: Duration,
+    },
+    /// The pace.
+    #[error(
+        "a lease of {ttl:?} renewed every {renew_every:?}: it has to be renewed at least three times in its length"
+    )]
+    Pace {
+        /// The length.
+        ttl: Duration,
+        /// The pace.
+        renew_every: Duration,
+    },
+}
+
+impl LeaseTerms {
+    /// A hiccup of two seconds is none: the renewal before it is at most 0.4 s old when it begins.
+    pub const DEFAULT: Self = Self {
+        ttl: Duration::from_millis(2_500),
+        renew_every: Duration::from_millis(400),
+    };
+    /// For a healthy LAN: decided within 300 ms.
+    pub const FAST: Self = Self {
+        ttl: Duration::from_millis(240),
+        renew_every: Duration::from_millis(40),
+    };
+
+    /// Checks them.
+    ///
+    /// # Errors
+    /// [`TermsError`] saying what is possible.
+    pub fn check(self) -> Result<Self, TermsError> {
+        let Self { ttl, renew_every } = self;
+        if !(MIN_TTL..=MAX_TTL).contains(&ttl) {
+            return Err(TermsError::Ttl { ttl });
+        }
+        if renew_every.is_zero() || renew_every.saturating_mul(3) > ttl {
+            return Err(TermsError::Pace { ttl, renew_every });
+        }
+        Ok(self)
+    }
+
+    /// How long a grantor lets nobody else in after it received a renewal: the lease, and what the clocks may differ by.
+    #[must_use]
+    pub fn guard(self) -> Duration {
+        self.ttl + self.ttl * MAX_DRIFT_PER_MILLE / 1000
+    }
+}
+
+impl Default for LeaseTerms {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
+
+/// Why an owner may not run its guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Lapse {
+    /// It was never let.
+    Never,
+    /// Someone refused it as stale: final.
+    Fenced {
+        /// Who.
+        by: String,
+        /// The generation that is promised there.
+        current: Generation,
+    },
+    /// Neither the registry nor enough holders have answered for the length of the lease.
+    Expired {
+        /// For how long it has had no lease.
+        ago: Duration,
+        /// How many holders' grants still hold.
+        grants: usize,
+        /// How many would be needed.
+        quorum: usize,
+    },
+}
+
+impl fmt::Display for Lapse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Never => f.write_str("neither the registry nor enough holders have let it run yet"),
+            Self::Fenced { by, current } => {
+                write!(f, "{by} has promised generation {current} to another owner")
+            }
+            Self::Expired { ago, grants, quorum } => write!(
+                f,
+                "its lease ran out {} ms ago: the registry did not renew it, and {grants} of the {quorum} holders that \
+                 are needed answered",
+                ago.as_millis()
+            ),
+        }
+    }
+}
+
+/// Whether an owner may run its guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// Until then (not including it).
+    MayRun {
+        /// The end, by the owner's clock.
+        until: Duration,
+    },
+    /// It has to stand still.
+    MustStop(Lapse),
+}
+
+/// The owner's own account of its lease.
+#[derive(Debug, Clone)]
+pub struct OwnerLease {
+    terms: LeaseTerms,
+    quorum: usize,
+    /// When the last renewal that was answered was sent.
+    registry: Option<Duration>,
+    holders: Vec<Option<Duration>>,
+    fenced: Option<(String, Generation)>,
+}
+
+impl OwnerLease {
+    /// An owner that nobody has let run yet.
+    #[must_use]
+    pub fn new(terms: LeaseTerms, holders: usize, ack_quorum: usize) -> Self {
+        Self {
+            terms,
+            // A quorum of none would let it run without anyone.
+            quorum: ack_quorum.max(1),
+            registry: None,
+            holders: vec![None; holders],
+            fenced: None,
+        }
+    }
+
+    /// The terms.
+    #[must_use]
+    pub fn terms(&self) -> LeaseTerms {
+        self.terms
+    }
+
+    /// The registry answered the renewal that was sent then.
+    pub fn renewed(&mut self, sent: Duration) {
+        self.registry = self.registry.max(Some(sent));
+    }
+
+    /// The holder with this number answered the renewal that was sent then.
+    pub fn granted(&mut self, holder: usize, sent: Duration) {
+        if let Some(slot) = self.holders.get_mut(holder) {
+            *slot = (*slot).max(Some(sent));
+        }
+    }
+
+    /// Someone refused it as stale. Final, whatever is answered after it.
+    pub fn fence(&mut self, by: &str, current: Generation) {
+        self.fenced.get_or_insert_with(|| (by.to_owned(), current));
+    }
+
+    /// The end of the lease, as far as was answered.
+    fn until(&self) -> Option<Duration> {
+        let mut sent: Vec<Duration> = self.holders.iter().flatten().copied().collect();
+        sent.sort_unstable_by(|a, b| b.cmp(a));
+        // As long as the oldest of the quorum's newest grants holds.
+        let granted = sent.get(self.quorum - 1).copied();
+        self.registry.max(granted).map(|sent| sent + self.terms.ttl)
+    }
+
+    /// Whether it may run its guest.
+    #[must_use]
+    pub fn verdict(&self, now: Duration) -> Verdict {
+        if let Some((by, current)) = &self.fenced {
+            return Verdict::MustStop(Lapse::Fenced {
+                by: by.clone(),
+                current: *current,
+            });
+        }
+        match self.until() {
+            None => Verdict::MustStop(Lapse::Never),
+            Some(until) if now < until => Verdict::MayRun { until },
+            Some(until) => {
+                let holds = |sent: &&Duration| now < **sent + self.terms.ttl;
+                Verdict::MustStop(Lapse::Expired {
+                    ago: now - until,
+                    grants: self.holders.iter().flatten().filter(holds).count(),
+                    quorum: self.quorum,
+                })
+            }
+        }
+    }
+}
+
+/// A holder's account of what it granted one VM's owner.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Grant {
+    until: Duration,
+    heard: Option<Duration>,
+}
+
+impl Grant {
+    /// A holder that has just started, and may have granted a lease of these terms at the last instant before it ended.
+    #[must_use]
+    pub fn after_restart(terms: LeaseTerms, now: Duration) -> Self {
+        Self {
+            until: now + terms.guard(),
+            heard: None,
+        }
+    }
+
+    /// The owner was heard and is granted time. To be called only under the generation that is promised.
+    pub fn grant(&mut self, terms: LeaseTerms, now: Duration) {
+        self.until = self.until.max(now + terms.guard());
+        self.heard = self.heard.max(Some(now));
+    }
+
+    /// The owner says that its guest stands still for good: nothing needs to be waited for.
+    pub fn release(&mut self) {
+        self.until = Duration::ZERO;
+    }
+
+    /// How long nobody else may run the guest as far as this holder is concerned.
+    #[must_use]
+    pub fn remaining(&self, now: Duration) -> Duration {
+        self.until.saturating_sub(now)
+    }
+
+    /// For how long the owner was not heard; `None` when never since the start.
+    #[must_use]
+    pub fn silent_for(&self, now: Duration) -> Option<Duration> {
+        self.heard.map(|heard| now.saturating_sub(heard))
+    }
+}
+
+/// Watches the owner's lease in the registry from outside, by the watcher's own clock: a lease is a number that its
+/// owner raises, and it holds for the watcher as long as the number was seen to change.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LeaseWatch {
+    seen: Option<(Generation, u64)>,
+    changed: Duration,
+}
+
+impl LeaseWatch {
+    /// The registry says that this generation was renewed so many times. An answer from the past changes nothing.
+    pub fn observe(&mut self, generation: Generation, renewals: u64, now: Duration) {
+        if self.seen < Some((generation, renewals)) {
+            self.seen = Some((generation, renewals));
+            self.changed = now;
+        }
+    }
+
+    /// How long the lease may still hold: all of it as long as nothing was seen.
+    #[must_use]
+    pub fn remaining(&self, terms: LeaseTerms, now: Duration) -> Duration {
+        match self.seen {
+            None => terms.guard(),
+            Some(_) => (self.changed + terms.guard()).saturating_sub(now),
+        }
+    }
+
+    /// How long it has not changed; `None` when it was never seen.
+    #[must_use]
+    pub fn silent_for(&self, now: Duration) -> Option<Duration> {
+        self.seen.map(|_| now.saturating_sub(self.changed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const fn ms(millis: u64) -> Duration {
+        Duration::from_millis(millis)
+    }
+
+    const TERMS: LeaseTerms = LeaseTerms {
+        ttl: ms(1000),
+        renew_every: ms(100),
+    };
+
+    fn may_run(lease: &OwnerLease, now: u64) -> bool {
+        matches!(lease.verdict(ms(now)), Verdict::MayRun { .. })
+    }
+
+    #[test]
+    fn the_registry_alone_or_a_quorum_alone_lets_it_run() {
+        let mut lease = OwnerLease::new(TERMS, 3, 2);
+        assert_eq!(lease.verdict(ms(0)), Verdict::MustStop(Lapse::Never));
+        lease.renewed(ms(10));
+        assert!(may_run(&lease, 1009));
+        assert!(!may_run(&lease, 1010));
+        lease.granted(0, ms(900));
+        assert!(!may_run(&lease, 1010), "one holder is no quorum");
+        lease.granted(2, ms(600));
+        assert!(may_run(&lease, 1599), "as long as the older of the two grants");
+        assert!(!may_run(&lease, 1600));
+        lease.granted(9, ms(5000));
+        lease.granted(0, ms(100));
+        assert!(
+            may_run(&lease, 1599),
+            "an answer to an older renewal takes nothing away"
+        );
+        let Verdict::MustStop(lapse) = lease.verdict(ms(1700)) else {
+            panic!("it lapsed")
+        };
+        assert_eq!(
+            lapse,
+            Lapse::Expired {
+                ago: ms(100),
+                grants: 1,
+                quorum: 2
+            }
+        );
+    }
+
+    #[test]
+    fn a_fence_is_final() {
+        let mut lease = OwnerLease::new(TERMS, 1, 1);
+        lease.granted(0, ms(0));
+        lease.fence("birch", Generation(4));
+        lease.fence("oak", Generation(5));
+        lease.renewed(ms(10));
+        let stopped = Verdict::MustStop(Lapse::Fenced {
+            by: "birch".into(),
+            current: Generation(4),
+        });
+        assert_eq!(lease.verdict(ms(11)), stopped);
+    }
+
+    #[test]
+    fn terms_have_bounds() {
+        for good in [LeaseTerms::DEFAULT, LeaseTerms::FAST, TERMS] {
+            assert_eq!(good.check(), Ok(good));
+        }
+        let of = |ttl, renew_every| {
+            LeaseTerms {
+                ttl: ms(ttl),
+                renew_every: ms(renew_every),
+            }
+            .check()
+        };
+        assert!(matches!(of(10, 1), Err(TermsError::Ttl { .. })));
+        assert!(matches!(of(61_000, 1), Err(TermsError::Ttl { .. })));
+        assert!(matches!(of(1000, 0), Err(TermsError::Pace { .. })));
+        assert!(matches!(of(1000, 334), Err(TermsError::Pace { .. })));
+        // Two seconds after which renewals go on are no reason: the renewal in flight when they began still holds.
+        let LeaseTerms { ttl, renew_every } = LeaseTerms::DEFAULT;
+        assert!(ttl >= Duration::from_secs(2) + renew_every);
+    }
+
+    #[test]
+    fn an_answer_from_the_past_does_not_prolong_a_lease() {
+        let mut watch = LeaseWatch::default();
+        assert_eq!(watch.remaining(TERMS, ms(7)), TERMS.guard());
+        assert_eq!(watch.silent_for(ms(7)), None);
+        watch.observe(Generation(2), 10, ms(100));
+        watch.observe(Generation(2), 9, ms(500));
+        watch.observe(Generation(1), 99, ms(600));
+        assert_eq!(watch.silent_for(ms(700)), Some(ms(600)));
+        watch.observe(Generation(2), 11, ms(800));
+        assert_eq!(watch.remaining(TERMS, ms(800)), TERMS.guard());
+        assert_eq!(watch.remaining(TERMS, ms(5000)), ms(0));
+    }
+
+    #[test]
+    fn a_released_grant_needs_no_wait_and_a_restart_a_whole_one() {
+        let mut grant = Grant::after_restart(TERMS, ms(50));
+        assert_eq!(grant.remaining(ms(50)), TERMS.guard());
+        grant.grant(TERMS, ms(60));
+        assert_eq!(grant.silent_for(ms(100)), Some(ms(40)));
+        grant.release();
+        assert_eq!(grant.remaining(ms(60)), ms(0));
+    }
+
+    /// One message: who it goes to (the registry is `None`), when it is sent, how long it and its answer take, and
+    /// whether the answer comes.
+    type Renewal = (Option<usize>, u64, u64, u64, bool);
+
+    fn renewals(holders: usize) -> impl Strategy<Value = Vec<Renewal>> {
+        let to = prop_oneof![1 => Just(None), 2 => (0..holders).prop_map(Some)];
+        prop::collection::vec(
+            (to, 0..3000u64, 0..300u64, 0..300u64, prop::bool::weighted(0.8)),
+            0..40,
+        )
+    }
+
+    proptest! {
+        /// The oracle walks time: at no instant may the owner run and a candidate that did all that the rules ask.
+        #[test]
+        fn nobody_is_let_in_while_the_owner_may_run(
+            (holders, quorum, renewals) in (1..5usize).prop_flat_map(|n| (Just(n), 1..=n, renewals(n))),
+            raised in 0..3000u64,
+            sealed_at in prop::collection::vec(0..400u64, 5),
+            skip in 0..5usize,
+            slow_owner in 0..=MAX_DRIFT_PER_MILLE,
+        ) {
+            let seals = crate::failover::seals_needed(holders, quorum);
+            // The candidate seals any set of that size, at its own pace after the raise.
+            let sealed: Vec<(usize, u64)> =
+                (0..seals).map(|k| ((k + skip) % holders, raised + sealed_at[k])).collect();
+            let mut owner = OwnerLease::new(TERMS, holders, quorum);
+            let mut grants = vec![Grant::default(); holders];
+            let mut registry = Grant::default();
+            let mut ordered = renewals;
+            ordered.sort_by_key(|r| r.1 + r.2);
+            for (to, sent, there, back, answered) in ordered {
+                let received = sent + there;
+                let refused = match to {
+                    None => received >= raised,
+                    Some(h) => sealed.iter().any(|(s, at)| *s == h && received >= *at),
+                };
+                if refused { continue; }
+                match to {
+                    None => registry.grant(TERMS, ms(received)),
+                    Some(h) => grants[h].grant(TERMS, ms(received)),
+                }
+                // An answer counts whenever it comes: what matters is when the renewal was sent.
+                let _ = back;
+                if answered {
+                    match to {
+                        None => owner.renewed(ms(sent)),
+                        Some(h) => owner.granted(h, ms(sent)),
+                    }
+                }
+            }
+            let waited = sealed.iter().map(|(h, at)| ms(*at) + grants[*h].remaining(ms(*at)));
+            let start = waited.chain([ms(raised) + registry.remaining(ms(raised))]).max().unwrap_or_default();
+            // The owner's clock may be slower than the candidates': a lease lasts longer by theirs.
+            if let Verdict::MayRun { until } = owner.verdict(ms(0)) {
+                let sent = until - TERMS.ttl;
+                let until = sent + TERMS.ttl + TERMS.ttl * slow_owner / 1000;
+                prop_assert!(until <= start, "the owner runs until {until:?} and the candidate from {start:?}");
+            }
+        }
+    }
+}
