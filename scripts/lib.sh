@@ -49,6 +49,9 @@ install_rust() {
     have_rust || die "Rust $needed_rust or newer is needed: install it from https://rustup.rs and run this again"
 }
 
+# kvm_usable: whether this user can open /dev/kvm.
+kvm_usable() { [ -r /dev/kvm ] && [ -w /dev/kvm ]; }
+
 check_kvm() {
     [ -e /dev/kvm ] || die "/dev/kvm does not exist: this machine has no KVM. Load kvm-intel or kvm-amd, enable \
 virtualisation in the firmware, or (inside a VM) enable nested virtualisation"
@@ -56,11 +59,22 @@ virtualisation in the firmware, or (inside a VM) enable nested virtualisation"
 group that owns it (usually kvm) and log in again, or run as root"
 }
 
-setup() {
+# What building needs.
+setup_build() {
     cd "$here"
     # cc: zstd and blake3 bring C and assembly.
     install_packages cc=gcc ld=binutils awk=gawk
     [ -e /usr/include/stdio.h ] || { as_root apt-get update -qq; as_root apt-get install -y -qq libc6-dev >/dev/null; }
     install_rust
+}
+
+# What the emulated hosts and the Debian guests are made with.
+setup_nested() {
+    install_packages qemu-system-x86_64=qemu-system-x86 mke2fs=e2fsprogs ip=iproute2 setpriv=util-linux \
+        dpkg-deb=dpkg xz=xz-utils zstd=zstd
+}
+
+setup() {
+    setup_build
     check_kvm
 }

@@ -18,6 +18,9 @@
 use std::io;
 use std::path::Path;
 
+pub mod cpio;
+pub mod debian;
+
 /// The guest that counts: one line a period.
 pub static TICKER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ticker.elf"));
 
