@@ -1,20 +1,29 @@
 //! How a node takes a VM over: a pure plan, events in, actions out.
 //!
 //! ```text
-//!   Reading --record--> Raising --raised--> Sealing --enough--> Fetching --whole here--> Starting --> Done
-//!                          |  from here on the old owner's   |  from here on it cannot commit
-//!                          |  generation is over             |  what the sealed holders lack
+//!   Reading --record--> Asking --enough--> Raising --raised--> Sealing --enough--> Fetching --whole here--> Starting --> Done
+//!                         |  nothing is      |  from here on the    |  from here on it   ^                      |
+//!                         |  changed yet     |  old owner's         |  cannot commit     +--- a damaged copy ---+
+//!                                            |  generation is over  |                         is replaced, once
 //! ```
 //!
-//! Invariants: the guest is started only after `holders - ack_quorum + 1` holders have promised the new generation, so
-//! that every checkpoint that was ever committed is among what they have, and the highest complete one of those is
-//! taken; whoever loses the compare-and-swap, or meets a higher generation on the way, starts nothing; a plan that
-//! fails leaves nothing running, and beginning anew is always safe (it raises the generation once more).
+//! Before anything is changed, the holders are asked whether it can work at all, and look for damage in what they have:
+//! a promote that cannot succeed leaves the old owner alone.
+//!
+//! Invariants: the guest is started only after `holders - ack_quorum + 1` holders have promised the new generation; it
+//! never goes on from a checkpoint older than one that can have been committed (see `failover/evidence.rs` for the
+//! proof), unless the operator has accepted that loss in so many words; whoever loses the compare-and-swap, or meets a
+//! higher generation on the way, starts nothing; a plan that fails leaves nothing running, and beginning anew is always
+//! safe (it raises the generation once more).
 //!
 //! What it never does: it has no socket, no clock and no store; it does not judge whether the old owner is dead.
 
-use std::fmt;
+mod error;
+mod evidence;
 
+pub use error::{Left, PromoteError};
+
+use evidence::{Answers, Choice, Verdict};
 use segment::{Generation, SegmentName, VmId};
 
 use crate::registry::{RegistryError, VmRecord};
@@ -42,6 +51,19 @@ pub enum SealFailure {
     },
 }
 
+/// What a holder says of a VM.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Holding {
+    /// Its newest checkpoint whose chain is whole there.
+    pub newest: Option<SegmentBrief>,
+    /// The newest it has ever acknowledged, as far as it remembers; more than `newest` when it lost something.
+    pub had: Option<SegmentName>,
+    /// The newest one that is there and lacks a link of its chain, when it is newer than `newest`.
+    pub dangling: Option<SegmentBrief>,
+    /// Why it cannot tell what it had, when it cannot.
+    pub forgot: Option<String>,
+}
+
 /// The VM runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Running {
@@ -60,15 +82,22 @@ pub enum PlanEvent {
     Record(Result<VmRecord, RegistryError>),
     /// The answer to the compare-and-swap.
     Raised(Result<VmRecord, RegistryError>),
-    /// A holder was sealed (or, of a dry run, asked), and has this as its newest complete checkpoint.
+    /// A holder was asked, and promised nothing. (Not the same as sealed: one may be late.)
+    Asked {
+        /// The holder.
+        holder: String,
+        /// What it has; or why it was not reached.
+        result: Result<Holding, String>,
+    },
+    /// A holder was sealed.
     Sealed {
         /// The holder.
         holder: String,
         /// What it has.
-        result: Result<Option<SegmentBrief>, SealFailure>,
+        result: Result<Holding, SealFailure>,
     },
-    /// The chain is whole in the local store; or why not.
-    Fetched(Result<(), String>),
+    /// The chain is whole in the local store, and what had to be replaced for it, in words; or why not.
+    Fetched(Result<Vec<String>, String>),
     /// The guest runs; or why not.
     Started(Result<Running, String>),
 }
@@ -90,15 +119,19 @@ pub enum PlanAction {
         /// The new generation.
         generation: Generation,
     },
-    /// Only ask a holder what it has; answer `Sealed`.
-    Peek {
+    /// Only ask a holder what it has; answer `Asked`.
+    Ask {
         /// The holder.
         holder: String,
+        /// It shall check every byte of it, however long that takes.
+        thorough: bool,
     },
-    /// Make the chain of this checkpoint whole in the local store, from one of these; answer `Fetched`.
+    /// Make the chain of this checkpoint whole in the local store, from these; answer `Fetched`.
     Fetch {
-        /// Who has it.
+        /// Who may have its links, the best first.
         from: Vec<String>,
+        /// Check every byte of what is here already.
+        thorough: bool,
         /// The checkpoint.
         tip: SegmentBrief,
         /// The new generation.
@@ -128,155 +161,86 @@ pub struct Outcome {
     pub notes: Vec<String>,
 }
 
-/// How it ended badly. In every case nothing was started by this plan, unless it says so.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum PromoteError {
-    /// The record could not be read.
-    #[error("cannot promote VM {vm}: {source}. Nothing was changed")]
-    Read {
-        /// The VM.
-        vm: VmId,
-        /// Why. (Told in the text: it has to cross the wire whole.)
-        source: RegistryError,
-    },
-    /// The compare-and-swap was lost, or not answered.
-    #[error("cannot promote VM {vm}: {source}. Nothing was started; promoting again is safe")]
-    Raise {
-        /// The VM.
-        vm: VmId,
-        /// Why.
-        source: RegistryError,
-    },
-    /// Another candidate is ahead.
-    #[error(
-        "VM {vm} is being taken over by someone else: {holder} has promised generation {current}, this promote had \
-         {generation}. Nothing was started here; see `standby status` for who owns it"
-    )]
-    Overtaken {
-        /// The VM.
-        vm: VmId,
-        /// Who said so.
-        holder: String,
-        /// The generation of this plan.
-        generation: Generation,
-        /// What is promised.
-        current: Generation,
-    },
-    /// Not enough holders.
-    #[error(
-        "cannot promote VM {vm}: {sealed} of its {holders} holders were sealed and {needed} are needed, so a \
-         committed checkpoint could be missed. {state}. Not reached: {failures}. Start those agents, then promote again"
-    )]
-    TooFewSeals {
-        /// The VM.
-        vm: VmId,
-        /// How many were sealed.
-        sealed: usize,
-        /// How many holders there are.
-        holders: usize,
-        /// How many are needed.
-        needed: usize,
-        /// What state it is left in.
-        state: Left,
-        /// Who failed, and why.
-        failures: String,
-    },
-    /// No holder has anything.
-    #[error(
-        "cannot promote VM {vm}: none of the sealed holders has a complete checkpoint of it, so none was ever \
-         committed. {state}"
-    )]
-    Nothing {
-        /// The VM.
-        vm: VmId,
-        /// What state it is left in.
-        state: Left,
-    },
-    /// The chain could not be brought here.
-    #[error("cannot promote VM {vm}: {tip} could not be loaded here: {why}. {state}")]
-    Fetch {
-        /// The VM.
-        vm: VmId,
-        /// The checkpoint.
-        tip: SegmentName,
-        /// Why.
-        why: String,
-        /// What state it is left in.
-        state: Left,
-    },
-    /// The guest could not be started.
-    #[error("VM {vm} could not be started from {tip}: {why}. {state}")]
-    Start {
-        /// The VM.
-        vm: VmId,
-        /// The checkpoint.
-        tip: SegmentName,
-        /// Why.
-        why: String,
-        /// What state it is left in.
-        state: Left,
-    },
-}
-
-/// What state a promote that failed leaves behind.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Left {
-    /// Nothing was changed.
-    Unchanged,
-    /// The generation was raised and nothing runs.
-    Raised(Generation),
-}
-
-impl fmt::Display for Left {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Unchanged => f.write_str("Nothing was changed"),
-            Self::Raised(generation) => write!(
-                f,
-                "It is stopped under generation {generation} and nothing that was committed is lost; promoting again, \
-                 here or elsewhere, is safe"
-            ),
-        }
-    }
-}
-
 #[derive(Debug)]
 enum State {
     Fresh,
     Reading,
+    Asking {
+        record: Box<VmRecord>,
+        answers: Answers,
+    },
     Raising,
     Sealing {
         record: Box<VmRecord>,
-        sealed: Vec<(String, Option<SegmentBrief>)>,
-        failed: Vec<(String, String)>,
+        answers: Answers,
     },
     Fetching {
         record: Box<VmRecord>,
-        tip: SegmentBrief,
+        tip: Box<SegmentBrief>,
+        from: Vec<String>,
+        otherwise: Otherwise,
     },
     Starting {
         record: Box<VmRecord>,
-        tip: SegmentBrief,
+        tip: Box<SegmentBrief>,
+        /// Where a copy may be had when the one here turns out to be damaged; absent at the second try.
+        repair_from: Option<Vec<String>>,
     },
     Finished,
+}
+
+/// What to do when a chain cannot be made whole.
+#[derive(Debug)]
+enum Otherwise {
+    /// Say so.
+    Fail,
+    /// It was put together from several holders' parts: what is lost without it.
+    Loss {
+        error: Box<PromoteError>,
+        /// What the operator has agreed to go on from then.
+        accepted: Option<Choice>,
+    },
+    /// It was looked through because the start failed: why that was.
+    StartFailed(String),
+}
+
+/// What is asked of a plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PlanOptions {
+    /// Change nothing, only tell what would be done.
+    pub dry_run: bool,
+    /// Go on from the newest that is there even if a later one was committed and is lost. An operator's word only.
+    pub accept_loss: bool,
 }
 
 /// One node's try to take one VM over.
 #[derive(Debug)]
 pub struct Plan {
     vm: VmId,
-    dry_run: bool,
+    options: PlanOptions,
     state: State,
     notes: Vec<String>,
 }
 
+/// What a phase of questions came to.
+enum Judged {
+    Wait(Box<VmRecord>, Answers),
+    Go {
+        record: Box<VmRecord>,
+        choice: Choice,
+        otherwise: Otherwise,
+        notes: Vec<String>,
+    },
+    Fail(PromoteError),
+}
+
 impl Plan {
-    /// For `vm`; a dry run changes nothing.
+    /// For `vm`.
     #[must_use]
-    pub fn new(vm: VmId, dry_run: bool) -> Self {
+    pub fn new(vm: VmId, options: PlanOptions) -> Self {
         Self {
             vm,
-            dry_run,
+            options,
             state: State::Fresh,
             notes: Vec::new(),
         }
@@ -296,35 +260,29 @@ impl Plan {
                 self.state = State::Reading;
                 vec![PlanAction::ReadRecord]
             }
-            (State::Reading, PlanEvent::Record(Ok(record))) if self.dry_run => self.ask_holders(record),
-            (State::Reading, PlanEvent::Record(Ok(record))) => {
-                self.state = State::Raising;
-                vec![PlanAction::Raise {
-                    expected: record.generation,
-                }]
-            }
+            (State::Reading, PlanEvent::Record(Ok(record))) => self.ask(record),
             (State::Reading, PlanEvent::Record(Err(source))) => self.fail(PromoteError::Read {
                 vm: self.vm.clone(),
                 source,
             }),
+            (State::Asking { record, mut answers }, PlanEvent::Asked { holder, result }) => {
+                match result {
+                    Ok(holding) => answers.heard.push((holder, holding)),
+                    Err(why) => answers.failed.push((holder, why)),
+                }
+                self.asked(record, answers)
+            }
             // The record as the compare-and-swap left it: its holders cannot change any more but under the new
             // generation, which is ours. (The ones read before could be old.)
-            (State::Raising, PlanEvent::Raised(Ok(record))) => self.ask_holders(record),
+            (State::Raising, PlanEvent::Raised(Ok(record))) => self.seal(record),
             (State::Raising, PlanEvent::Raised(Err(source))) => self.fail(PromoteError::Raise {
                 vm: self.vm.clone(),
                 source,
             }),
-            (
-                State::Sealing {
-                    record,
-                    mut sealed,
-                    mut failed,
-                },
-                PlanEvent::Sealed { holder, result },
-            ) => {
+            (State::Sealing { record, mut answers }, PlanEvent::Sealed { holder, result }) => {
                 match result {
-                    Ok(newest) => sealed.push((holder, newest)),
-                    Err(SealFailure::Unreachable { why }) => failed.push((holder, why)),
+                    Ok(holding) => answers.heard.push((holder, holding)),
+                    Err(SealFailure::Unreachable { why }) => answers.failed.push((holder, why)),
                     Err(SealFailure::Fenced { current }) => {
                         let (vm, generation) = (self.vm.clone(), record.generation);
                         return self.fail(PromoteError::Overtaken {
@@ -335,31 +293,42 @@ impl Plan {
                         });
                     }
                 }
-                self.sealing(record, sealed, failed)
+                self.sealed(record, answers)
             }
-            (State::Fetching { record, tip }, PlanEvent::Fetched(Ok(()))) => {
-                self.state = State::Starting {
-                    record: record.clone(),
-                    tip: tip.clone(),
-                };
-                vec![PlanAction::Start { record, tip }]
+            (
+                State::Fetching {
+                    record,
+                    tip,
+                    from,
+                    otherwise,
+                },
+                PlanEvent::Fetched(result),
+            ) => self.fetched(record, tip, from, otherwise, result),
+            (State::Starting { record, tip, .. }, PlanEvent::Started(Ok(running))) => {
+                self.succeed(*record, *tip, Some(running))
             }
-            (State::Fetching { record, tip }, PlanEvent::Fetched(Err(why))) => {
-                let (vm, tip, state) = (self.vm.clone(), tip.name, Left::Raised(record.generation));
-                self.fail(PromoteError::Fetch { vm, tip, why, state })
-            }
-            (State::Starting { record, tip }, PlanEvent::Started(Ok(running))) => {
-                self.succeed(*record, tip, Some(running))
-            }
-            (State::Starting { record, tip }, PlanEvent::Started(Err(why))) => {
-                let (vm, tip, state) = (self.vm.clone(), tip.name, Left::Raised(record.generation));
-                self.fail(PromoteError::Start { vm, tip, why, state })
-            }
+            (
+                State::Starting {
+                    record,
+                    tip,
+                    repair_from: Some(from),
+                },
+                PlanEvent::Started(Err(why)),
+            ) => self.fetch(record, Choice { tip, from }, Otherwise::StartFailed(why)),
+            (
+                State::Starting {
+                    record,
+                    tip,
+                    repair_from: None,
+                },
+                PlanEvent::Started(Err(why)),
+            ) => self.start_failed(&record, *tip, why),
             // Holders that answer after enough others did; and answers to what was not asked.
             (
                 state,
                 PlanEvent::Begin
                 | PlanEvent::Record(_)
+                | PlanEvent::Asked { .. }
                 | PlanEvent::Raised(_)
                 | PlanEvent::Sealed { .. }
                 | PlanEvent::Fetched(_)
@@ -371,115 +340,236 @@ impl Plan {
         }
     }
 
-    fn ask_holders(&mut self, record: VmRecord) -> Vec<PlanAction> {
-        let generation = record.generation;
-        let ask = |holder: &String| match self.dry_run {
-            true => PlanAction::Peek {
+    fn ask(&mut self, record: VmRecord) -> Vec<PlanAction> {
+        // Who has accepted a loss shall not lose more than has to be: then time is worth less than certainty.
+        let thorough = self.options.accept_loss;
+        let asks: Vec<_> = record
+            .holders
+            .iter()
+            .map(|holder| PlanAction::Ask {
                 holder: holder.clone(),
-            },
-            false => PlanAction::Seal {
-                holder: holder.clone(),
-                generation,
-            },
-        };
-        let actions: Vec<_> = record.holders.iter().map(ask).collect();
-        let record = Box::new(record);
-        if actions.is_empty() {
-            return self.sealing(record, Vec::new(), Vec::new());
+                thorough,
+            })
+            .collect();
+        let (record, answers) = (Box::new(record), Answers::default());
+        if asks.is_empty() {
+            return self.asked(record, answers);
         }
-        self.state = State::Sealing {
-            record,
-            sealed: Vec::new(),
-            failed: Vec::new(),
-        };
-        actions
+        self.state = State::Asking { record, answers };
+        asks
     }
 
-    fn left(&self, record: &VmRecord) -> Left {
-        if self.dry_run {
-            Left::Unchanged
-        } else {
-            Left::Raised(record.generation)
-        }
-    }
-
-    fn sealing(
-        &mut self,
-        record: Box<VmRecord>,
-        sealed: Vec<(String, Option<SegmentBrief>)>,
-        failed: Vec<(String, String)>,
-    ) -> Vec<PlanAction> {
-        let holders = record.holders.len();
-        let needed = seals_needed(holders, record.ack_quorum as usize);
-        let open = holders.saturating_sub(sealed.len() + failed.len());
-        // A dry run waits for everyone, to tell the whole picture.
-        let enough = sealed.len() >= needed && (open == 0 || !self.dry_run);
-        // Everyone is heard before it is given up: the message names all who are missing.
-        if !enough && open == 0 {
-            let failures: Vec<_> = failed
-                .iter()
-                .map(|(holder, why)| format!("{holder} ({why})"))
-                .collect();
-            let failures = if failures.is_empty() {
-                "none".to_owned()
-            } else {
-                failures.join("; ")
-            };
-            let (vm, sealed, state) = (self.vm.clone(), sealed.len(), self.left(&record));
-            return self.fail(PromoteError::TooFewSeals {
-                vm,
-                sealed,
-                holders,
-                needed,
-                state,
-                failures,
-            });
-        }
-        if !enough {
-            self.state = State::Sealing {
-                record,
-                sealed,
-                failed,
-            };
+    fn asked(&mut self, record: Box<VmRecord>, answers: Answers) -> Vec<PlanAction> {
+        let open = record.holders.len() > answers.heard.len() + answers.failed.len();
+        if self.options.dry_run && open {
+            // It waits for everyone, to tell the whole picture.
+            self.state = State::Asking { record, answers };
             return Vec::new();
         }
-        for (holder, why) in &failed {
-            self.notes.push(format!("{holder} was not reached: {why}"));
+        match self.judge(record, answers, Left::Unchanged) {
+            Judged::Wait(record, answers) => {
+                self.state = State::Asking { record, answers };
+                Vec::new()
+            }
+            Judged::Fail(error) => self.fail(error),
+            Judged::Go {
+                record,
+                choice,
+                notes,
+                ..
+            } if self.options.dry_run => {
+                let holders = record.holders.len();
+                let needed = seals_needed(holders, record.ack_quorum as usize);
+                self.notes = notes;
+                self.notes.push(format!(
+                    "would seal {needed} of {holders} holders and go on from {}",
+                    choice.tip.name
+                ));
+                self.notes.push(format!("it is at {}", choice.from.join(", ")));
+                self.succeed(*record, *choice.tip, None)
+            }
+            // What was noticed is noticed again when they are sealed.
+            Judged::Go { record, .. } => {
+                self.state = State::Raising;
+                vec![PlanAction::Raise {
+                    expected: record.generation,
+                }]
+            }
         }
-        let best = sealed
+    }
+
+    fn seal(&mut self, record: VmRecord) -> Vec<PlanAction> {
+        let generation = record.generation;
+        let seals: Vec<_> = record
+            .holders
             .iter()
-            .filter_map(|(_, newest)| newest.as_ref())
-            .max_by_key(|b| b.name.position());
-        let Some(tip) = best.cloned() else {
-            let (vm, state) = (self.vm.clone(), self.left(&record));
-            return self.fail(PromoteError::Nothing { vm, state });
-        };
-        let has = |newest: &Option<SegmentBrief>| newest.as_ref().is_some_and(|b| b.held() == tip.held());
-        let from: Vec<_> = sealed
-            .iter()
-            .filter(|(_, newest)| has(newest))
-            .map(|(h, _)| h.clone())
+            .map(|holder| PlanAction::Seal {
+                holder: holder.clone(),
+                generation,
+            })
             .collect();
-        if self.dry_run {
-            self.notes.push(format!(
-                "would seal {needed} of {holders} holders and go on from {}",
-                tip.name
-            ));
-            self.notes.push(format!("it is at {}", from.join(", ")));
-            return self.succeed(*record, tip, None);
+        let (record, answers) = (Box::new(record), Answers::default());
+        if seals.is_empty() {
+            return self.sealed(record, answers);
         }
-        // The point of no return: enough holders have promised the new generation, so the old owner cannot commit
-        // anything beyond what they have, whatever becomes of this node. What is left to do can only end in the guest
-        // running here, or in nobody running it until someone promotes again.
+        self.state = State::Sealing { record, answers };
+        seals
+    }
+
+    fn sealed(&mut self, record: Box<VmRecord>, answers: Answers) -> Vec<PlanAction> {
+        let left = Left::Raised(record.generation);
+        match self.judge(record, answers, left) {
+            Judged::Wait(record, answers) => {
+                self.state = State::Sealing { record, answers };
+                Vec::new()
+            }
+            Judged::Fail(error) => self.fail(error),
+            // The point of no return: enough holders have promised the new generation, so the old owner cannot commit
+            // anything beyond what they have, whatever becomes of this node. What is left to do can only end in the
+            // guest running here, or in nobody running it until someone promotes again.
+            Judged::Go {
+                record,
+                choice,
+                otherwise,
+                notes,
+            } => {
+                self.notes = notes;
+                self.fetch(record, choice, otherwise)
+            }
+        }
+    }
+
+    /// What the answers of a phase allow.
+    fn judge(&self, record: Box<VmRecord>, answers: Answers, state: Left) -> Judged {
+        let vm = self.vm.clone();
+        let holders = record.holders.len();
+        let failures = answers.failures();
+        let mut notes: Vec<_> = answers
+            .failed
+            .iter()
+            .map(|(holder, why)| format!("{holder} was not reached: {why}"))
+            .collect();
+        let loss = |why: &str, best: Option<&Choice>| PromoteError::WouldLose {
+            vm: vm.clone(),
+            why: why.to_owned(),
+            best: best.map(|b| Box::new(b.tip.name.clone())),
+            state,
+            failures: failures.clone(),
+        };
+        let (choice, otherwise) = match answers.verdict(&record) {
+            Verdict::Wait => return Judged::Wait(record, answers),
+            Verdict::TooFew => {
+                return Judged::Fail(PromoteError::TooFewSeals {
+                    vm,
+                    sealed: answers.heard.len(),
+                    holders,
+                    needed: seals_needed(holders, record.ack_quorum as usize),
+                    state,
+                    failures,
+                });
+            }
+            Verdict::Nothing => return Judged::Fail(PromoteError::Nothing { vm, state }),
+            Verdict::Go(choice) => (choice, Otherwise::Fail),
+            Verdict::Assemble { choice, why, best } => {
+                let error = Box::new(loss(&why, best.as_ref()));
+                let accepted = best.filter(|_| self.options.accept_loss);
+                (choice, Otherwise::Loss { error, accepted })
+            }
+            Verdict::Loss {
+                why,
+                best: Some(choice),
+            } if self.options.accept_loss => {
+                notes.push(format!("at a loss that was accepted: {why}"));
+                (choice, Otherwise::Fail)
+            }
+            Verdict::Loss { why, best } => return Judged::Fail(loss(&why, best.as_ref())),
+        };
+        Judged::Go {
+            record,
+            choice,
+            otherwise,
+            notes,
+        }
+    }
+
+    fn fetch(&mut self, record: Box<VmRecord>, choice: Choice, otherwise: Otherwise) -> Vec<PlanAction> {
+        let Choice { tip, from } = choice;
+        let action = PlanAction::Fetch {
+            from: from.clone(),
+            thorough: matches!(otherwise, Otherwise::StartFailed(_)),
+            tip: (*tip).clone(),
+            generation: record.generation,
+        };
         self.state = State::Fetching {
+            record,
+            tip,
+            from,
+            otherwise,
+        };
+        vec![action]
+    }
+
+    fn fetched(
+        &mut self,
+        record: Box<VmRecord>,
+        tip: Box<SegmentBrief>,
+        from: Vec<String>,
+        otherwise: Otherwise,
+        result: Result<Vec<String>, String>,
+    ) -> Vec<PlanAction> {
+        let repair_from = match (result, otherwise) {
+            // Every byte is as it was written: it was not for the copy that the guest did not start.
+            (Ok(replaced), Otherwise::StartFailed(why)) if replaced.is_empty() => {
+                return self.start_failed(&record, *tip, why);
+            }
+            (Ok(replaced), Otherwise::StartFailed(_)) => {
+                self.notes.extend(replaced);
+                None
+            }
+            (Ok(replaced), Otherwise::Fail | Otherwise::Loss { .. }) => {
+                self.notes.extend(replaced);
+                Some(from)
+            }
+            (Err(why), Otherwise::Fail) => {
+                let (vm, tip, state) = (self.vm.clone(), tip.name, Left::Raised(record.generation));
+                return self.fail(PromoteError::Fetch { vm, tip, why, state });
+            }
+            (Err(also), Otherwise::StartFailed(why)) => {
+                let why = format!("{why}; and a sound copy of its chain is not to be had: {also}");
+                return self.start_failed(&record, *tip, why);
+            }
+            (
+                Err(why),
+                Otherwise::Loss {
+                    accepted: Some(choice),
+                    ..
+                },
+            ) => {
+                self.notes.push(format!(
+                    "at a loss that was accepted: {} could not be put together: {why}",
+                    tip.name
+                ));
+                return self.fetch(record, choice, Otherwise::Fail);
+            }
+            (
+                Err(_),
+                Otherwise::Loss {
+                    error,
+                    accepted: None,
+                },
+            ) => return self.fail(*error),
+        };
+        self.state = State::Starting {
             record: record.clone(),
             tip: tip.clone(),
+            repair_from,
         };
-        vec![PlanAction::Fetch {
-            from,
-            tip,
-            generation: record.generation,
-        }]
+        vec![PlanAction::Start { record, tip: *tip }]
+    }
+
+    fn start_failed(&mut self, record: &VmRecord, tip: SegmentBrief, why: String) -> Vec<PlanAction> {
+        let (vm, tip, state) = (self.vm.clone(), tip.name, Left::Raised(record.generation));
+        self.fail(PromoteError::Start { vm, tip, why, state })
     }
 
     fn succeed(&mut self, record: VmRecord, tip: SegmentBrief, running: Option<Running>) -> Vec<PlanAction> {

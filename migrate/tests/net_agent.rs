@@ -302,7 +302,7 @@ async fn promote_fetches_spawns_and_fences() {
         (&"web/1/5".into(), &"/run/web.sock".into())
     );
     assert!(report["promote_to_running_ms"].as_f64().unwrap() > 0.0);
-    for phase in ["read", "raise", "seal", "fetch", "restore"] {
+    for phase in ["read", "ask", "raise", "seal", "fetch", "restore"] {
         assert!(report["phases"][phase].as_f64().is_some(), "{report}");
     }
     // The owner hears of it although it had nothing to ship.
@@ -454,7 +454,7 @@ async fn a_promote_without_enough_holders_or_on_a_storage_node_is_refused() {
     let few = standby(&["promote", "web", "--agent", &a.address]);
     let told = stderr(&few);
     assert!(
-        told.contains("1 of its 2 holders were sealed and 2 are needed") && told.contains(&b.address),
+        told.contains("1 of its 2 holders answer and 2 are needed") && told.contains(&b.address),
         "{told}"
     );
     let unknown = standby(&["promote", "db", "--agent", &a.address]);

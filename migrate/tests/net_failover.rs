@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use migrate::failover::{
-    Left, Plan, PlanAction, PlanEvent, PromoteError, Running, SealFailure, seals_needed,
+    Holding, Left, Plan, PlanAction, PlanEvent, PlanOptions, PromoteError, Running, SealFailure, seals_needed,
 };
 use migrate::registry::{RegistryError, VmRecord, VmState};
 use migrate::wire::SegmentBrief;
@@ -44,6 +44,22 @@ struct Holder {
     up: bool,
     promised: u64,
     has: BTreeSet<At>,
+    /// The newest it remembers to have acknowledged.
+    had: Option<At>,
+    /// It has lost its memory, and has acknowledged nothing since.
+    wiped: bool,
+}
+
+impl Holder {
+    fn holding(&self) -> Holding {
+        let name = |at| brief(at).name;
+        Holding {
+            newest: self.has.last().copied().map(brief),
+            had: self.had.max(self.has.last().copied()).map(name),
+            dangling: None,
+            forgot: self.wiped.then(|| "emptied".to_owned()),
+        }
+    }
 }
 
 /// Someone who runs the guest, or believes to.
@@ -73,6 +89,9 @@ struct World {
     owners: Vec<Owner>,
     candidates: Vec<Candidate>,
     committed: BTreeSet<At>,
+    /// What the registry has heard of that.
+    registered: Option<At>,
+    damaged: bool,
     /// Which generation was started from where.
     started: Vec<(u64, At)>,
 }
@@ -91,7 +110,7 @@ impl World {
         };
         let candidates = ["one", "two"].map(|name| Candidate {
             name: name.to_owned(),
-            plan: Plan::new(vm(), false),
+            plan: Plan::new(vm(), PlanOptions::default()),
             todo: Vec::new(),
             ended: None,
         });
@@ -103,6 +122,8 @@ impl World {
             owners: vec![first],
             candidates: candidates.into(),
             committed: BTreeSet::new(),
+            registered: None,
+            damaged: false,
             started: Vec::new(),
         }
     }
@@ -118,7 +139,7 @@ impl World {
             every_ms: 200,
             state: VmState::Running,
             changed_unix_ms: 0,
-            newest: None,
+            newest: self.registered.map(|at| brief(at).held()),
             claim: [0; 16],
         }
     }
@@ -145,7 +166,10 @@ impl World {
         holder.promised = owner.generation;
         if owner.shipped[index] < owner.epoch {
             owner.shipped[index] += 1;
-            holder.has.insert((owner.generation, owner.shipped[index]));
+            let at = (owner.generation, owner.shipped[index]);
+            holder.has.insert(at);
+            holder.had = holder.had.max(Some(at));
+            holder.wiped = false;
         }
         let mut acked = owner.shipped.clone();
         acked.sort_unstable_by(|a, b| b.cmp(a));
@@ -164,11 +188,25 @@ impl World {
         }
     }
 
+    /// A holder loses the newest it has, or its whole memory but the promise.
+    fn damage(&mut self, holder: usize, all: bool) {
+        let count = self.holders.len();
+        let holder = &mut self.holders[holder % count];
+        if all && holder.had.is_some() {
+            holder.wiped = true;
+            holder.had = None;
+            holder.has.clear();
+            self.damaged = true;
+        } else if !all {
+            self.damaged |= holder.has.pop_last().is_some();
+        }
+    }
+
     fn begin(&mut self, candidate: usize) {
         let candidate = &mut self.candidates[candidate % 2];
         if candidate.todo.is_empty() && (candidate.ended.is_some() || !candidate.plan.is_finished()) {
             candidate.ended = None;
-            candidate.plan = Plan::new(vm(), false);
+            candidate.plan = Plan::new(vm(), PlanOptions::default());
             candidate.todo = candidate.plan.step(PlanEvent::Begin);
         }
     }
@@ -177,7 +215,7 @@ impl World {
     fn crash(&mut self, candidate: usize) {
         let candidate = &mut self.candidates[candidate % 2];
         candidate.todo.clear();
-        candidate.plan = Plan::new(vm(), false);
+        candidate.plan = Plan::new(vm(), PlanOptions::default());
         candidate.ended = None;
     }
 
@@ -214,7 +252,7 @@ impl World {
                     })
                 } else {
                     h.promised = generation.0;
-                    Ok(h.has.last().copied().map(brief))
+                    Ok(h.holding())
                 };
                 PlanEvent::Sealed { holder, result }
             }
@@ -224,7 +262,7 @@ impl World {
                     h.up && h.has.contains(&at(&tip))
                 };
                 let found = from.iter().any(has);
-                PlanEvent::Fetched(if found { Ok(()) } else { Err("gone".into()) })
+                PlanEvent::Fetched(if found { Ok(Vec::new()) } else { Err("gone".into()) })
             }
             PlanAction::Start { record, tip } => {
                 let (generation, from) = (record.generation.0, at(&tip));
@@ -245,7 +283,12 @@ impl World {
                 });
                 PlanEvent::Started(Ok(Running { pid: 1, socket: None }))
             }
-            PlanAction::Peek { .. } => panic!("a dry run was not asked for"),
+            PlanAction::Ask { holder, thorough } => {
+                assert!(!thorough, "no loss was accepted");
+                let h = &self.holders[holder.parse::<usize>().unwrap()];
+                let result = if h.up { Ok(h.holding()) } else { Err("down".into()) };
+                PlanEvent::Asked { holder, result }
+            }
             PlanAction::Finish(result) => {
                 self.candidates[index].ended = Some(result.map(|outcome| at(&outcome.tip)));
                 return;
@@ -263,6 +306,8 @@ enum Step {
     Act(usize, usize),
     Crash(usize),
     Toggle(usize),
+    Damage(usize, bool),
+    Register,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -272,7 +317,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => n.clone().prop_map(Step::Begin),
         15 => (n.clone(), n.clone()).prop_map(|(a, b)| Step::Act(a, b)),
         1 => n.clone().prop_map(Step::Crash),
-        2 => n.prop_map(Step::Toggle),
+        2 => n.clone().prop_map(Step::Toggle),
+        2 => (n, any::<bool>()).prop_map(|(h, all)| Step::Damage(h, all)),
+        2 => Just(Step::Register),
     ];
     prop::collection::vec(step, 0..300)
 }
@@ -292,6 +339,8 @@ proptest! {
                 Step::Begin(candidate) => world.begin(candidate),
                 Step::Act(candidate, which) => world.act(candidate, which),
                 Step::Crash(candidate) => world.crash(candidate),
+                Step::Damage(holder, all) => world.damage(holder, all),
+                Step::Register => world.registered = world.registered.max(world.committed.last().copied()),
                 Step::Toggle(holder) => {
                     let index = holder % holders;
                     world.holders[index].up ^= true;
@@ -309,7 +358,10 @@ proptest! {
             world.act(0, 0);
         }
         let ended = world.candidates[0].ended.clone();
-        if world.committed.is_empty() {
+        if let Some(Err(PromoteError::WouldLose { .. })) = &ended {
+            // Only where something was lost; and it was refused before anything was changed.
+            prop_assert!(world.damaged);
+        } else if world.committed.is_empty() {
             prop_assert!(ended.is_some());
         } else {
             prop_assert!(matches!(ended, Some(Ok(_))), "{ended:?}");
@@ -341,9 +393,14 @@ fn sealing(holders: usize, quorum: usize) -> (Plan, VmRecord) {
     let mut world = World::new(holders, quorum);
     world.generation = 2;
     let record = world.record();
-    let mut plan = Plan::new(vm(), false);
+    let mut plan = Plan::new(vm(), PlanOptions::default());
     assert_eq!(plan.step(PlanEvent::Begin), [PlanAction::ReadRecord]);
-    let raise = plan.step(PlanEvent::Record(Ok(World::new(holders, quorum).record())));
+    let asks = plan.step(PlanEvent::Record(Ok(World::new(holders, quorum).record())));
+    assert_eq!(asks.len(), holders);
+    let mut raise = Vec::new();
+    for holder in 0..holders {
+        raise.extend(plan.step(asked(&holder.to_string(), Some((1, 1)))));
+    }
     assert_eq!(
         raise,
         [PlanAction::Raise {
@@ -363,11 +420,38 @@ fn finish(mut actions: Vec<PlanAction>) -> Result<At, PromoteError> {
     result.map(|outcome| at(&outcome.tip))
 }
 
-fn sealed(holder: &str, newest: Option<At>) -> PlanEvent {
+fn has(newest: Option<At>) -> Holding {
+    Holding {
+        newest: newest.map(brief),
+        had: newest.map(|at| brief(at).name),
+        ..Holding::default()
+    }
+}
+
+/// One that acknowledged `had` and has `newest` left.
+fn lost(newest: At, had: At) -> Holding {
+    Holding {
+        had: Some(brief(had).name),
+        ..has(Some(newest))
+    }
+}
+
+fn asked(holder: &str, newest: Option<At>) -> PlanEvent {
+    PlanEvent::Asked {
+        holder: holder.into(),
+        result: Ok(has(newest)),
+    }
+}
+
+fn sealed_as(holder: &str, holding: Holding) -> PlanEvent {
     PlanEvent::Sealed {
         holder: holder.into(),
-        result: Ok(newest.map(brief)),
+        result: Ok(holding),
     }
+}
+
+fn sealed(holder: &str, newest: Option<At>) -> PlanEvent {
+    sealed_as(holder, has(newest))
 }
 
 fn down(holder: &str) -> PlanEvent {
@@ -384,14 +468,15 @@ fn the_highest_of_enough_holders_is_taken_from_who_has_it() {
     assert_eq!(plan.step(sealed("0", Some((1, 9)))), []);
     let fetch = plan.step(sealed("2", Some((1, 12))));
     let expected = PlanAction::Fetch {
-        from: vec!["2".into()],
+        from: vec!["2".into(), "0".into()],
+        thorough: false,
         tip: brief((1, 12)),
         generation: Generation(2),
     };
     assert_eq!(fetch, [expected]);
     // One that answers later changes nothing.
     assert_eq!(plan.step(sealed("1", Some((1, 30)))), []);
-    let start = plan.step(PlanEvent::Fetched(Ok(())));
+    let start = plan.step(PlanEvent::Fetched(Ok(Vec::new())));
     assert!(
         matches!(&start[..], [PlanAction::Start { tip, .. }] if at(tip) == (1, 12)),
         "{start:?}"
@@ -448,8 +533,13 @@ fn each_failure_after_the_raise_says_that_nothing_runs() {
 
     let (mut plan, _) = sealing(1, 1);
     plan.step(sealed("0", Some((1, 5))));
-    plan.step(PlanEvent::Fetched(Ok(())));
-    let start = finish(plan.step(PlanEvent::Started(Err("no /dev/kvm".into())))).unwrap_err();
+    plan.step(PlanEvent::Fetched(Ok(Vec::new())));
+    let look = plan.step(PlanEvent::Started(Err("no /dev/kvm".into())));
+    assert!(
+        matches!(&look[..], [PlanAction::Fetch { thorough: true, .. }]),
+        "{look:?}"
+    );
+    let start = finish(plan.step(PlanEvent::Fetched(Ok(Vec::new())))).unwrap_err();
     assert!(
         start.to_string().contains("web/1/5") && start.to_string().contains("no /dev/kvm"),
         "{start}"
@@ -468,13 +558,189 @@ fn each_failure_after_the_raise_says_that_nothing_runs() {
 
 #[test]
 fn a_dry_run_changes_nothing() {
-    let mut plan = Plan::new(vm(), true);
+    let dry_run = PlanOptions {
+        dry_run: true,
+        ..PlanOptions::default()
+    };
+    let mut plan = Plan::new(vm(), dry_run);
     plan.step(PlanEvent::Begin);
-    let peeks = plan.step(PlanEvent::Record(Ok(World::new(2, 2).record())));
+    let asks = plan.step(PlanEvent::Record(Ok(World::new(2, 2).record())));
     assert!(
-        peeks.iter().all(|a| matches!(a, PlanAction::Peek { .. })),
-        "{peeks:?}"
+        asks.iter().all(|a| matches!(a, PlanAction::Ask { .. })),
+        "{asks:?}"
     );
-    assert_eq!(plan.step(sealed("0", Some((1, 5)))), [], "it waits for everyone");
-    assert_eq!(finish(plan.step(down("1"))), Ok((1, 5)));
+    assert_eq!(plan.step(asked("0", Some((1, 5)))), [], "it waits for everyone");
+    let result = Err("connection refused".into());
+    let down = PlanEvent::Asked {
+        holder: "1".into(),
+        result,
+    };
+    assert_eq!(finish(plan.step(down)), Ok((1, 5)));
+}
+
+#[test]
+fn what_cannot_succeed_leaves_the_old_owner_alone() {
+    let mut plan = Plan::new(vm(), PlanOptions::default());
+    plan.step(PlanEvent::Begin);
+    plan.step(PlanEvent::Record(Ok(World::new(3, 2).record())));
+    for holder in ["0", "1"] {
+        let result = Err("connection refused".into());
+        let holder = holder.into();
+        assert_eq!(plan.step(PlanEvent::Asked { holder, result }), []);
+    }
+    let error = finish(plan.step(asked("2", Some((1, 5))))).unwrap_err();
+    let unchanged = matches!(
+        error,
+        PromoteError::TooFewSeals {
+            state: Left::Unchanged,
+            ..
+        }
+    );
+    assert!(unchanged, "{error}");
+}
+
+#[test]
+fn a_late_answer_to_a_question_is_no_seal() {
+    let (mut plan, _) = sealing(3, 2);
+    assert_eq!(plan.step(sealed("0", Some((1, 9)))), []);
+    assert_eq!(plan.step(asked("1", Some((1, 9)))), []);
+    assert!(matches!(
+        &plan.step(sealed("2", Some((1, 9))))[..],
+        [PlanAction::Fetch { .. }]
+    ));
+}
+
+#[test]
+fn a_holder_that_lost_what_it_acknowledged_does_not_count() {
+    // One of two suffices, and it once had more than it has: the other is waited for, and has it.
+    let (mut plan, _) = sealing(2, 2);
+    assert_eq!(plan.step(sealed_as("0", lost((1, 9), (1, 12)))), []);
+    let fetch = plan.step(sealed("1", Some((1, 12))));
+    assert!(
+        matches!(&fetch[..], [PlanAction::Fetch { tip, from, .. }] if at(tip) == (1, 12) && from[0] == "1"),
+        "{fetch:?}"
+    );
+
+    // The other is gone: that is said, with what it would cost.
+    let (mut plan, _) = sealing(2, 2);
+    plan.step(sealed_as("0", lost((1, 9), (1, 12))));
+    let error = finish(plan.step(down("1"))).unwrap_err();
+    let told = error.to_string();
+    for part in [
+        "0 once stored web/1/12",
+        "newest whole checkpoint at the holders that answer is web/1/9",
+        "1 (connection refused)",
+        "--accept-loss` goes on from web/1/9",
+        "lost for ever",
+    ] {
+        assert!(told.contains(part), "{told:?} lacks {part:?}");
+    }
+
+    // Two of three that remember everything prove that it was not committed.
+    let (mut plan, _) = sealing(3, 2);
+    plan.step(sealed_as("0", lost((1, 9), (1, 12))));
+    plan.step(sealed("1", Some((1, 11))));
+    let fetch = plan.step(sealed("2", Some((1, 10))));
+    assert!(
+        matches!(&fetch[..], [PlanAction::Fetch { tip, .. }] if at(tip) == (1, 11)),
+        "{fetch:?}"
+    );
+
+    // One that cannot tell does not count either.
+    let (mut plan, _) = sealing(2, 2);
+    let forgot = Holding {
+        forgot: Some("its disk is new".into()),
+        ..Holding::default()
+    };
+    assert_eq!(plan.step(sealed_as("0", forgot)), []);
+    assert!(matches!(
+        finish(plan.step(down("1"))).unwrap_err(),
+        PromoteError::WouldLose { best: None, .. }
+    ));
+}
+
+#[test]
+fn what_the_registry_has_as_committed_is_a_floor_of_its_own() {
+    let (mut plan, mut record) = sealing(1, 1);
+    drop(plan);
+    record.newest = Some(brief((1, 12)).held());
+    let ask = |options| {
+        let mut plan = Plan::new(vm(), options);
+        plan.step(PlanEvent::Begin);
+        plan.step(PlanEvent::Record(Ok(record.clone())));
+        let next = plan.step(asked("0", Some((1, 9))));
+        (plan, next)
+    };
+    let (_, next) = ask(PlanOptions::default());
+    let error = finish(next).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("the registry has web/1/12 as committed"),
+        "{error}"
+    );
+
+    let accept_loss = true;
+    (plan, _) = ask(PlanOptions {
+        accept_loss,
+        ..PlanOptions::default()
+    });
+    plan.step(PlanEvent::Raised(Ok(record)));
+    let fetch = plan.step(sealed("0", Some((1, 9))));
+    assert!(
+        matches!(&fetch[..], [PlanAction::Fetch { tip, .. }] if at(tip) == (1, 9)),
+        "{fetch:?}"
+    );
+}
+
+#[test]
+fn parts_at_several_holders_are_put_together_before_anything_is_given_up() {
+    let parts = || Holding {
+        dangling: Some(brief((1, 12))),
+        ..lost((1, 9), (1, 12))
+    };
+    let seal = |accept_loss| {
+        let (_, record) = sealing(2, 1);
+        let mut plan = Plan::new(
+            vm(),
+            PlanOptions {
+                accept_loss,
+                dry_run: false,
+            },
+        );
+        plan.step(PlanEvent::Begin);
+        plan.step(PlanEvent::Record(Ok(record.clone())));
+        plan.step(asked("0", Some((1, 9))));
+        plan.step(asked("1", Some((1, 11))));
+        plan.step(PlanEvent::Raised(Ok(record)));
+        plan.step(sealed_as("0", parts()));
+        let fetch = plan.step(sealed("1", Some((1, 11))));
+        assert!(
+            matches!(&fetch[..], [PlanAction::Fetch { tip, .. }] if at(tip) == (1, 12)),
+            "{fetch:?}"
+        );
+        plan
+    };
+    let start = seal(false).step(PlanEvent::Fetched(Ok(Vec::new())));
+    assert!(matches!(&start[..], [PlanAction::Start { tip, .. }] if at(tip) == (1, 12)));
+    let error = finish(seal(false).step(PlanEvent::Fetched(Err("no link".into())))).unwrap_err();
+    assert!(matches!(error, PromoteError::WouldLose { .. }), "{error}");
+    let lower = seal(true).step(PlanEvent::Fetched(Err("no link".into())));
+    assert!(
+        matches!(&lower[..], [PlanAction::Fetch { tip, .. }] if at(tip) == (1, 11)),
+        "{lower:?}"
+    );
+}
+
+#[test]
+fn a_start_that_failed_for_a_damaged_copy_is_tried_once_more() {
+    let failed = || PlanEvent::Started(Err("digest of frame 3".into()));
+    let (mut plan, _) = sealing(1, 1);
+    plan.step(sealed("0", Some((1, 5))));
+    plan.step(PlanEvent::Fetched(Ok(Vec::new())));
+    plan.step(failed());
+    let again = plan.step(PlanEvent::Fetched(Ok(vec!["web/1/5 was replaced".into()])));
+    assert!(matches!(&again[..], [PlanAction::Start { .. }]), "{again:?}");
+    let error = finish(plan.step(failed())).unwrap_err();
+    assert!(matches!(error, PromoteError::Start { .. }), "{error}");
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use segment::VmId;
+use segment::{Generation, VmId};
 
 use super::{Inner, blocking, promote, software};
 use crate::protocol::parent_of;
@@ -14,9 +14,9 @@ use crate::registry::{RegistryAddr, RegistryError, RegistryRequest, Role};
 use crate::store::{Entry, FsStore, StoreError};
 use crate::transport::{ByteStream, Client, FrameWriter, Link, PING_EVERY, TransportError, in_full};
 use crate::wire::{
-    AgentStatus, Call, End, Failure, Fenced, ForgetCall, ForgetReport, ListCall, MAX_PAGE_SEGMENTS, Message,
-    Ping, Reject, Reply, SealCall, SealReport, SegmentBrief, SegmentDetail, SegmentPage, SpaceBrief,
-    VmStatus,
+    AgentStatus, Call, End, Failure, Fenced, ForgetCall, ForgetReport, HoldingCall, ListCall,
+    MAX_PAGE_SEGMENTS, Message, Ping, Reject, Reply, SealCall, SealReport, SegmentBrief, SegmentDetail,
+    SegmentPage, SpaceBrief, VmStatus,
 };
 
 /// How long a connection may be without a call.
@@ -25,6 +25,9 @@ const IDLE: Duration = Duration::from_secs(600);
 const CHUNK_BYTES: u64 = 512 << 10;
 /// How long another holder may take to forget.
 const FORGET_DEADLINE: Duration = Duration::from_secs(30);
+/// The longest chain that is looked through before a promote changes anything: some hundredths of a second. A longer
+/// one is looked through when its guest did not start.
+const VERIFY_BYTES: u64 = 64 << 20;
 /// The most VMs a status lists.
 const MAX_STATUS_VMS: usize = 1000;
 
@@ -95,6 +98,7 @@ async fn answer(inner: Arc<Inner>, call: Call) -> Answer {
         Call::Promote(call) => promote::promote(&inner, call).await.map(Reply::Promoted),
         Call::Forget(call) => forget(&inner, call).await.map(Reply::Forgotten),
         Call::Seal(call) => seal(&inner, call).await,
+        Call::Holding(call) => holding(&inner, call).await,
         Call::Fetch(call) => {
             let store = inner.store.clone();
             let opened = blocking(move || {
@@ -257,11 +261,7 @@ async fn seal(inner: &Arc<Inner>, call: SealCall) -> Result<Reply, Failure> {
     // acknowledged under a lower generation.
     let sealed = blocking(move || {
         let generation = store.promise(&of, generation)?;
-        let newest = store.newest_complete(&of).map(|e| SegmentBrief {
-            complete: true,
-            ..brief_of(&e)
-        });
-        Ok::<_, StoreError>(SealReport { generation, newest })
+        Ok::<_, StoreError>(held(&store, &of, generation))
     });
     match sealed.await {
         Ok(report) => {
@@ -272,6 +272,41 @@ async fn seal(inner: &Arc<Inner>, call: SealCall) -> Result<Reply, Failure> {
         Err(StoreError::Fenced { vm, asked, current }) => Ok(Reply::Fenced(Fenced { vm, asked, current })),
         Err(error) => Err(failure(&error)),
     }
+}
+
+/// What is here of `vm`.
+fn held(store: &FsStore, vm: &VmId, generation: Generation) -> SealReport {
+    let newest = store.newest_complete(vm);
+    let beyond = |e: &Entry| {
+        newest
+            .as_ref()
+            .is_none_or(|n| e.name.position() > n.name.position())
+    };
+    // What was stored by a promote and never acknowledged was not lost when it is here; and the mark may be behind.
+    let had = [store.acked(vm), newest.as_ref().map(|e| e.name.clone())];
+    SealReport {
+        generation,
+        had: had.into_iter().flatten().max_by_key(|name| name.position()),
+        dangling: store.entries(vm).pop().filter(beyond).map(|e| brief_of(&e)),
+        newest: newest.map(|e| SegmentBrief {
+            complete: true,
+            ..brief_of(&e)
+        }),
+    }
+}
+
+/// What is here, after a look for damage: in a short chain always, in a long one when it is asked for.
+async fn holding(inner: &Arc<Inner>, call: HoldingCall) -> Result<Reply, Failure> {
+    let HoldingCall { vm, thorough } = call;
+    let store = inner.store.clone();
+    // One at a time: it reads much, and whoever asks often shall not keep the disk busy.
+    let _turn = inner.verifying.lock().await;
+    run(move || {
+        let max_bytes = if thorough { u64::MAX } else { VERIFY_BYTES };
+        store.verify_newest(&vm, max_bytes)?;
+        Ok(Reply::Sealed(held(&store, &vm, store.promised(&vm))))
+    })
+    .await
 }
 
 async fn forget(inner: &Arc<Inner>, call: ForgetCall) -> Result<ForgetReport, Failure> {
@@ -307,6 +342,7 @@ async fn forget(inner: &Arc<Inner>, call: ForgetCall) -> Result<ForgetReport, Fa
     let of = vm.clone();
     let removed = blocking(move || {
         let (mut segments, mut bytes) = (0, 0);
+        store.forget_acked(&of)?;
         // The newest first: whatever instant this is cut at, what is left is whole chains.
         for entry in store.entries(&of).iter().rev() {
             store.remove(&entry.name)?;

@@ -69,6 +69,11 @@ enum Command {
         /// Only say what would be done.
         #[arg(long)]
         dry_run: bool,
+        /// Go on from the newest checkpoint that is there, even if a later one was committed and is lost: everything
+        /// the guest did after it is gone for ever, though others may have seen it. Only when its holders are gone for
+        /// good.
+        #[arg(long)]
+        accept_loss: bool,
     },
     /// Show the agent, the nodes and the VMs.
     Status {
@@ -167,7 +172,12 @@ impl Cli {
             Command::Serve(args) => serve(args).await,
             Command::Ls { vm, json } => ls(&agent, vm, json).await,
             Command::Show { segment, json } => show(&agent, segment, json).await,
-            Command::Promote { vm, json, dry_run } => promote(&agent, vm, json, dry_run).await,
+            Command::Promote {
+                vm,
+                json,
+                dry_run,
+                accept_loss,
+            } => promote(&agent, vm, json, dry_run, accept_loss).await,
             Command::Status { json } => status(&agent, json).await,
             Command::Forget { vm, force } => forget(&agent, vm, force).await,
         }
@@ -273,9 +283,19 @@ async fn show(agent: &str, name: SegmentName, json: bool) -> Result<(), CliError
     Ok(())
 }
 
-async fn promote(agent: &str, vm: VmId, json: bool, dry_run: bool) -> Result<(), CliError> {
+async fn promote(
+    agent: &str,
+    vm: VmId,
+    json: bool,
+    dry_run: bool,
+    accept_loss: bool,
+) -> Result<(), CliError> {
     let mut client = connect(agent).await?;
-    let call = Call::Promote(PromoteCall { vm, dry_run });
+    let call = Call::Promote(PromoteCall {
+        vm,
+        dry_run,
+        accept_loss,
+    });
     let Reply::Promoted(report) = client.call(call, PROMOTE_DEADLINE).await? else {
         return Err(CliError::Mismatch);
     };

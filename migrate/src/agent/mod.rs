@@ -13,6 +13,7 @@
 
 mod calls;
 pub mod cli;
+mod gather;
 mod promote;
 mod replicate;
 mod sessions;
@@ -119,6 +120,8 @@ struct Inner {
     vmm: Option<PathBuf>,
     sessions: Sessions,
     promotes: promote::UnderWay,
+    /// Held while stored bytes are checked for another agent.
+    verifying: tokio::sync::Mutex<()>,
     connections: AtomicU32,
     stop: watch::Receiver<bool>,
 }
@@ -194,6 +197,7 @@ impl Agent {
             vmm,
             sessions: Sessions::default(),
             promotes: promote::UnderWay::default(),
+            verifying: tokio::sync::Mutex::default(),
             connections: AtomicU32::new(0),
             stop: stopped,
         });

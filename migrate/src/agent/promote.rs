@@ -1,7 +1,6 @@
 //! Carries a takeover plan out: the registry, the holders, the local store and the new process.
 
 use std::collections::HashSet;
-use std::io::Write;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,23 +8,20 @@ use segment::{Generation, SegmentName, VmId};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::{Inner, blocking, spawn};
-use crate::failover::{Outcome, Plan, PlanAction, PlanEvent, PromoteError, SealFailure};
-use crate::protocol::parent_of;
-use crate::registry::{Role, VmState};
-use crate::store::{Incoming, StoreError, Stored};
+use super::{Inner, gather, spawn};
+use crate::failover::{
+    Holding, Outcome, Plan, PlanAction, PlanEvent, PlanOptions, PromoteError, SealFailure,
+};
+use crate::registry::{MAX_PAGE_RECORDS, Role, VmState};
 use crate::transport::{CallError, Client, in_full};
 use crate::wire::{
-    Call, Failure, Held, NameCall, Nothing, PhaseTime, PromoteCall, PromoteReport, Reply, SealCall,
-    SegmentBrief,
+    Call, Failure, HoldingCall, PhaseTime, PromoteCall, PromoteReport, Reply, SealCall, SealReport,
 };
 
 /// How long a holder may take to promise.
 const SEAL_DEADLINE: Duration = Duration::from_secs(5);
-/// How long a holder may take to begin sending a segment.
-const FETCH_DEADLINE: Duration = Duration::from_secs(10);
-/// The most links that are fetched for one chain.
-const MAX_FETCH_LINKS: usize = crate::store::MAX_CHAIN_LINKS;
+/// How long a holder may take to check every byte of a chain.
+const THOROUGH_DEADLINE: Duration = Duration::from_secs(300);
 
 /// The promotes that this agent carries out now.
 #[derive(Debug, Default, Clone)]
@@ -59,7 +55,12 @@ impl Drop for Claim {
 
 /// Runs the VM here, or says what would be done.
 pub(super) async fn promote(inner: &Arc<Inner>, call: PromoteCall) -> Result<PromoteReport, Failure> {
-    let PromoteCall { vm, dry_run } = call;
+    let PromoteCall {
+        vm,
+        dry_run,
+        accept_loss,
+    } = call;
+    let options = PlanOptions { dry_run, accept_loss };
     let refuse = |why: String| Err(Failure { why });
     if !inner.roles.contains(&Role::Execute) {
         return refuse(format!(
@@ -80,7 +81,7 @@ pub(super) async fn promote(inner: &Arc<Inner>, call: PromoteCall) -> Result<Pro
     let inner = inner.clone();
     let carried = tokio::spawn(async move {
         let _claim = claim;
-        carry_out(&inner, vm, dry_run).await
+        carry_out(&inner, vm, options).await
     });
     match carried.await {
         Ok(Ok(report)) => Ok(report),
@@ -89,11 +90,15 @@ pub(super) async fn promote(inner: &Arc<Inner>, call: PromoteCall) -> Result<Pro
     }
 }
 
-async fn carry_out(inner: &Arc<Inner>, vm: VmId, dry_run: bool) -> Result<PromoteReport, PromoteError> {
+async fn carry_out(
+    inner: &Arc<Inner>,
+    vm: VmId,
+    options: PlanOptions,
+) -> Result<PromoteReport, PromoteError> {
     let started = Instant::now();
     let mut phases: Vec<PhaseTime> = Vec::new();
     let mut phase = ("read", started);
-    let mut plan = Plan::new(vm.clone(), dry_run);
+    let mut plan = Plan::new(vm.clone(), options);
     let mut asked: JoinSet<PlanEvent> = JoinSet::new();
     let mut event = PlanEvent::Begin;
     loop {
@@ -101,7 +106,8 @@ async fn carry_out(inner: &Arc<Inner>, vm: VmId, dry_run: bool) -> Result<Promot
             let next = match &action {
                 PlanAction::ReadRecord => "read",
                 PlanAction::Raise { .. } => "raise",
-                PlanAction::Seal { .. } | PlanAction::Peek { .. } => "seal",
+                PlanAction::Ask { .. } => "ask",
+                PlanAction::Seal { .. } => "seal",
                 PlanAction::Fetch { .. } => "fetch",
                 PlanAction::Start { .. } => "restore",
                 PlanAction::Finish(_) => "end",
@@ -116,7 +122,7 @@ async fn carry_out(inner: &Arc<Inner>, vm: VmId, dry_run: bool) -> Result<Promot
             }
             if let PlanAction::Finish(result) = action {
                 let outcome = (*result)?;
-                return Ok(report(inner, outcome, dry_run, started, phases).await);
+                return Ok(report(inner, outcome, options.dry_run, started, phases).await);
             }
             let (inner, vm) = (inner.clone(), vm.clone());
             asked.spawn(async move { act(&inner, &vm, action).await });
@@ -178,17 +184,16 @@ async fn act(inner: &Arc<Inner>, vm: &VmId, action: PlanAction) -> PlanEvent {
             let result = seal(inner, &holder, vm, generation).await;
             PlanEvent::Sealed { holder, result }
         }
-        PlanAction::Peek { holder } => {
-            let result = peek(inner, &holder, vm)
-                .await
-                .map_err(|why| SealFailure::Unreachable { why });
-            PlanEvent::Sealed { holder, result }
+        PlanAction::Ask { holder, thorough } => {
+            let result = ask(inner, &holder, vm, thorough).await;
+            PlanEvent::Asked { holder, result }
         }
         PlanAction::Fetch {
             from,
+            thorough,
             tip,
             generation,
-        } => PlanEvent::Fetched(fetch(inner, &from, &tip, generation).await),
+        } => PlanEvent::Fetched(gather::gather(inner, &from, &tip, generation, thorough).await),
         PlanAction::Start { record, tip } => PlanEvent::Started(spawn::restore(inner, &record, &tip).await),
         PlanAction::Finish(_) => PlanEvent::Begin,
     }
@@ -199,7 +204,7 @@ async fn seal(
     holder: &str,
     vm: &VmId,
     generation: Generation,
-) -> Result<Option<SegmentBrief>, SealFailure> {
+) -> Result<Holding, SealFailure> {
     let unreachable = |why: String| SealFailure::Unreachable { why };
     let mut client = Client::connect(holder, &inner.name)
         .await
@@ -210,7 +215,9 @@ async fn seal(
     });
     match client.call(call, SEAL_DEADLINE).await {
         // A promise of anything else is not the one that was asked for.
-        Ok(Reply::Sealed(report)) if report.generation == generation => Ok(report.newest),
+        Ok(Reply::Sealed(report)) if report.generation == generation => {
+            remembered(inner, holder, vm, report).await.map_err(unreachable)
+        }
         Ok(_) => Err(unreachable("it answered something else".into())),
         Err(CallError::Fenced { fenced, .. }) => Err(SealFailure::Fenced {
             current: fenced.current,
@@ -219,126 +226,60 @@ async fn seal(
     }
 }
 
-async fn peek(inner: &Inner, holder: &str, vm: &VmId) -> Result<Option<SegmentBrief>, String> {
+async fn ask(inner: &Inner, holder: &str, vm: &VmId, thorough: bool) -> Result<Holding, String> {
     let mut client = Client::connect(holder, &inner.name)
         .await
         .map_err(|e| e.in_full())?;
-    match client.call(Call::Status(Nothing {}), SEAL_DEADLINE).await {
-        Ok(Reply::Status(status)) => Ok(status
-            .vms
-            .into_iter()
-            .find(|v| v.vm == *vm)
-            .and_then(|v| v.newest)),
+    let call = Call::Holding(HoldingCall {
+        vm: vm.clone(),
+        thorough,
+    });
+    let deadline = if thorough {
+        THOROUGH_DEADLINE
+    } else {
+        SEAL_DEADLINE
+    };
+    match client.call(call, deadline).await {
+        Ok(Reply::Sealed(report)) => remembered(inner, holder, vm, report).await,
         Ok(_) => Err("it answered something else".into()),
         Err(e) => Err(in_full(&e)),
     }
 }
 
-/// Makes the chain of `tip` whole in the local store, from the first of `from` that can.
-async fn fetch(
-    inner: &Arc<Inner>,
-    from: &[String],
-    tip: &SegmentBrief,
-    generation: Generation,
-) -> Result<(), String> {
-    if is_whole(inner, &tip.held()) {
-        return Ok(());
-    }
-    let mut failures = Vec::new();
-    for holder in from {
-        match fetch_from(inner, holder, &tip.held(), generation).await {
-            Ok(()) => return Ok(()),
-            Err(why) => failures.push(format!("{holder}: {why}")),
-        }
-    }
-    Err(failures.join("; "))
-}
-
-fn is_whole(inner: &Inner, held: &Held) -> bool {
-    let here = inner
-        .store
-        .get(&held.name)
-        .is_some_and(|e| e.checkpoint == held.checkpoint);
-    here && inner.store.chain(&held.name).is_ok()
-}
-
-/// From the tip down until something is here already; each link is stored durably before the next is asked for.
-async fn fetch_from(
-    inner: &Arc<Inner>,
-    holder: &str,
-    tip: &Held,
-    generation: Generation,
-) -> Result<(), String> {
-    let mut client = Client::connect(holder, &inner.name)
-        .await
-        .map_err(|e| e.in_full())?;
-    let mut wanted = Some(tip.clone());
-    for _ in 0..MAX_FETCH_LINKS {
-        let Some(held) = wanted else {
-            return match inner.store.chain(&tip.name) {
-                Ok(_) => Ok(()),
-                Err(e) => Err(e.to_string()),
-            };
-        };
-        wanted = match inner.store.get(&held.name) {
-            Some(entry) if entry.checkpoint == held.checkpoint => parent_of(&entry),
-            Some(entry) => {
-                return Err(format!(
-                    "{} is stored here as checkpoint {}, and checkpoint {} is needed",
-                    held.name, entry.checkpoint, held.checkpoint
+/// What a holder says; one that knows nothing of the VM is looked up in the registry: its disk may be a new one.
+async fn remembered(inner: &Inner, holder: &str, vm: &VmId, report: SealReport) -> Result<Holding, String> {
+    let SealReport {
+        newest,
+        had,
+        dangling,
+        ..
+    } = report;
+    let mut forgot = None;
+    if newest.is_none() && had.is_none() && dangling.is_none() {
+        let mut after: Option<SegmentName> = None;
+        loop {
+            let (page, more) = inner
+                .registry
+                .list_segments(vm, after.clone(), MAX_PAGE_RECORDS)
+                .await
+                .map_err(|e| format!("it has nothing, and whether it ever had is not known: {e}"))?;
+            if let Some(record) = page.iter().find(|r| r.holders.iter().any(|h| h == holder)) {
+                forgot = Some(format!(
+                    "the registry says that it stored {}, and it has nothing of this VM: was its data directory emptied?",
+                    record.name
                 ));
+                break;
             }
-            None => {
-                let stored = fetch_one(inner, &mut client, &held.name, generation).await?;
-                if stored.entry().checkpoint != held.checkpoint {
-                    return Err(format!(
-                        "{} came as another checkpoint than the chain needs",
-                        held.name
-                    ));
-                }
-                parent_of(stored.entry())
+            after = page.last().map(|record| record.name.clone());
+            if !more || page.is_empty() {
+                break;
             }
-        };
-    }
-    Err(format!(
-        "the chain of {} has more than {MAX_FETCH_LINKS} links",
-        tip.name
-    ))
-}
-
-async fn fetch_one(
-    inner: &Arc<Inner>,
-    client: &mut Client,
-    name: &SegmentName,
-    generation: Generation,
-) -> Result<Stored, String> {
-    let asked = client
-        .call(Call::Fetch(NameCall { name: name.clone() }), FETCH_DEADLINE)
-        .await;
-    let brief = match asked {
-        Ok(Reply::Fetch(brief)) if brief.name == *name => brief,
-        Ok(_) => return Err("it answered something else".into()),
-        Err(e) => return Err(in_full(&e)),
-    };
-    let (store, of) = (inner.store.clone(), name.clone());
-    let begun = blocking(move || store.begin_under(&of, brief.bytes, generation)).await;
-    let mut incoming: Incoming = begun.map_err(|e| in_full(&e))?;
-    while let Some(bytes) = client.next_chunk().await.map_err(|e| in_full(&e))? {
-        let written = blocking(move || {
-            let written = incoming.write_all(&bytes);
-            Ok::<_, StoreError>((incoming, written))
-        });
-        let (back, written) = written.await.map_err(|e| in_full(&e))?;
-        incoming = back;
-        if let Err(error) = written {
-            return Err(incoming
-                .take_failure()
-                .map_or_else(|| error.to_string(), |e| in_full(&e)));
         }
     }
-    let stored = blocking(move || incoming.commit())
-        .await
-        .map_err(|e| in_full(&e))?;
-    tracing::info!(%name, bytes = brief.bytes, from = client.peer(), "fetched");
-    Ok(stored)
+    Ok(Holding {
+        newest,
+        had,
+        dangling,
+        forgot,
+    })
 }

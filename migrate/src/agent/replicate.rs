@@ -292,6 +292,10 @@ impl Disk {
                 why,
             };
         }
+        if let Err(error) = self.store.note_acked(&offer.name) {
+            let (reason, why) = refusal(&offer.name, &error);
+            return BeginResult::Refused { reason, why };
+        }
         self.complete = Some(offer.held());
         BeginResult::Have(stored)
     }
@@ -320,6 +324,11 @@ impl Disk {
                 reason: RefuseReason::MissingParent,
                 why,
             };
+        }
+        // Before it is told, so that this holder can never have acknowledged more than it remembers.
+        if let Err(error) = self.store.note_acked(&offer.name) {
+            let (reason, why) = refusal(&offer.name, &error);
+            return CommitResult::Refused { reason, why };
         }
         self.complete = Some(offer.held());
         CommitResult::Stored(stored)

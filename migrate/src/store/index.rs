@@ -16,6 +16,8 @@ pub(super) struct Index {
     /// Bytes promised to segments on their way in.
     reserved: u64,
     promises: HashMap<VmId, Generation>,
+    /// The newest ever acknowledged, and whether a file says so too.
+    acked: HashMap<VmId, (SegmentName, bool)>,
     /// Folders whose own names are durable.
     folders: HashSet<PathBuf>,
 }
@@ -91,6 +93,23 @@ impl Index {
 
     pub(super) fn set_promise(&mut self, vm: VmId, generation: Generation) {
         self.promises.insert(vm, generation);
+    }
+
+    pub(super) fn acked(&self, vm: &VmId) -> Option<&SegmentName> {
+        self.acked.get(vm).map(|(name, _)| name)
+    }
+
+    /// Whether there is a file with the mark of `vm`.
+    pub(super) fn has_mark(&self, vm: &VmId) -> bool {
+        self.acked.get(vm).is_some_and(|(_, on_disk)| *on_disk)
+    }
+
+    pub(super) fn set_acked(&mut self, name: SegmentName, on_disk: bool) {
+        self.acked.insert(name.vm.clone(), (name, on_disk));
+    }
+
+    pub(super) fn forget_acked(&mut self, vm: &VmId) {
+        self.acked.remove(vm);
     }
 
     pub(super) fn has_folder(&self, path: &Path) -> bool {

@@ -5,6 +5,7 @@
 //! DIR/tmp/<vm>-<generation>-<epoch>.<n>        on their way in; emptied when the store is opened
 //! DIR/segments/<vm>/<generation>/<epoch>.seg   whole and verified
 //! DIR/promises/<vm>                            the highest generation promised
+//! DIR/acked/<vm>                               the newest checkpoint ever acknowledged
 //! DIR/damaged/                                 what was found unusable, for a person to look at
 //!
 //! begin() -> Incoming --write--> commit(): verify, sync, { promise still allows it? rename, sync folder } -> Stored
@@ -25,6 +26,7 @@
 //! promise is published, also across the sync: that is what makes "no lower owner after the promise" true.
 //! Order: gate, then index. Neither is held while bytes are copied.
 
+mod acked;
 mod error;
 mod incoming;
 mod index;

@@ -10,14 +10,14 @@ use segment::{SegmentName, VmId};
 
 use super::index::Index;
 use super::scan::{self, Content};
-use super::{DamagedFile, Durability, FsStore, StoreError, flat, promise};
+use super::{DamagedFile, Durability, FsStore, StoreError, acked, flat, promise};
 use crate::crashsafe::{Disk, DiskError};
 
 /// How often an incoming name in `damaged/` is tried with another number.
 const MAX_DAMAGED_NAMES: u32 = 1000;
 
 /// The folders of a store.
-const FOLDERS: [&str; 4] = ["tmp", "segments", "promises", "damaged"];
+const FOLDERS: [&str; 5] = ["tmp", "segments", "promises", acked::FOLDER, "damaged"];
 
 impl FsStore {
     /// Opens the store in `dir` for this process alone, and makes it when there is none. What was left half-way by a
@@ -67,6 +67,8 @@ impl FsStore {
         }
         durable.sync_dir(&dir.join("promises")).map_err(to_error)?;
         store.read_promises()?;
+        let aside = store.damaged.iter().filter(|file| file.moved_to.is_some());
+        store.read_marks(&aside.map(|file| file.name.clone()).collect::<Vec<_>>())?;
         Ok(Arc::new(store))
     }
 
@@ -158,7 +160,7 @@ impl FsStore {
     }
 
     /// Moves a file out of the way; returns where to.
-    fn quarantine(&self, name: &SegmentName, path: &Path) -> Result<PathBuf, StoreError> {
+    pub(super) fn quarantine(&self, name: &SegmentName, path: &Path) -> Result<PathBuf, StoreError> {
         let stem = flat(name);
         for n in 0..MAX_DAMAGED_NAMES {
             let to = self.dir.join("damaged").join(format!("{stem}.{n}"));

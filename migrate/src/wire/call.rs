@@ -37,6 +37,9 @@ pub enum Call {
     /// From another agent: send a segment's file, as chunks on the call's stream after the answer.
     #[n(7)]
     Fetch(#[n(0)] NameCall),
+    /// From another agent: say what is here, after a look for damage. Nothing is promised.
+    #[n(8)]
+    Holding(#[n(0)] HoldingCall),
 }
 
 /// An answer.
@@ -63,7 +66,7 @@ pub enum Reply {
     /// Forgotten.
     #[n(6)]
     Forgotten(#[n(0)] ForgetReport),
-    /// Sealed, with the newest complete checkpoint.
+    /// Sealed, or asked what is here: what the holder has.
     #[n(7)]
     Sealed(#[n(0)] SealReport),
     /// The file that follows in chunks, ended by `End`.
@@ -126,6 +129,9 @@ pub struct PromoteCall {
     /// Only say what would be done.
     #[n(1)]
     pub dry_run: bool,
+    /// Go on from the newest that is there, even if a later one was committed and is lost.
+    #[n(2)]
+    pub accept_loss: bool,
 }
 
 /// Which VM to forget.
@@ -170,7 +176,19 @@ pub struct SealCall {
     pub generation: Generation,
 }
 
-/// What a sealed holder has.
+/// Say what is here of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct HoldingCall {
+    /// The VM.
+    #[cbor(n(0), with = "crate::wire::value")]
+    pub vm: VmId,
+    /// Check every byte of the newest chain, however long that takes; else only of a short one.
+    #[n(1)]
+    pub thorough: bool,
+}
+
+/// What a holder has.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 #[cbor(map)]
 pub struct SealReport {
@@ -180,6 +198,12 @@ pub struct SealReport {
     /// The newest checkpoint whose chain is whole there.
     #[n(1)]
     pub newest: Option<SegmentBrief>,
+    /// The newest checkpoint it has ever acknowledged, as far as it knows.
+    #[cbor(n(2), with = "crate::wire::value", has_nil)]
+    pub had: Option<SegmentName>,
+    /// The newest checkpoint that is there without all links of its chain, when it is newer than `newest`.
+    #[n(3)]
+    pub dangling: Option<SegmentBrief>,
 }
 
 /// A stored segment in short.

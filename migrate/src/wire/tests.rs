@@ -192,6 +192,8 @@ fn golden() -> Vec<(Message, &'static str)> {
             Message::Reply(Box::new(Reply::Sealed(SealReport {
                 generation: Generation(3),
                 newest: None,
+                had: None,
+                dangling: None,
             }))),
             "555346312100000005000000 06000000 82 07 81 a1 00 03",
         ),
@@ -265,6 +267,11 @@ fn calls() -> Vec<Message> {
         Call::Promote(PromoteCall {
             vm: vm(),
             dry_run: true,
+            accept_loss: true,
+        }),
+        Call::Holding(HoldingCall {
+            vm: vm(),
+            thorough: true,
         }),
         Call::Forget(ForgetCall {
             vm: vm(),
