@@ -1,4 +1,6 @@
-//! Builds the two bare-metal guests with rustc itself, into OUT_DIR.
+//! Builds the two bare-metal guests and the Linux guests' program with rustc itself, into OUT_DIR.
+//!
+//! `torture` is a static executable with `std`: it runs in an initramfs without libraries, and in any distribution.
 //!
 //! There is no bare-metal target here, so the guests are compiled for the host's Linux target as static
 //! executables without a C runtime: the linker script gives the layout, the assembly entry what `std` would.
@@ -15,55 +17,72 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     // The whole folder: the guests share modules, the linker script and the assembly entry.
     println!("cargo::rerun-if-changed=guests");
+    println!("cargo::rerun-if-changed=programs");
     for guest in GUESTS {
-        if let Err(error) = build(guest) {
+        if let Err(error) = guest_command(guest).and_then(run) {
             println!("cargo::error=cannot build the guest {guest}: {error}");
         }
     }
+    if let Err(error) = program_command("torture").and_then(run) {
+        println!("cargo::error=cannot build the program torture: {error}");
+    }
 }
 
-fn build(guest: &str) -> Result<(), Box<dyn Error>> {
-    let sources = PathBuf::from(variable("CARGO_MANIFEST_DIR")?).join("guests");
-    let output = PathBuf::from(variable("OUT_DIR")?).join(format!("{guest}.elf"));
+/// rustc in `folder`, for the program `name` from `source`.
+fn rustc(folder: &Path, name: &str, source: &str, output: &Path) -> Command {
     let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    let mut command = Command::new(&rustc);
+    let mut command = Command::new(rustc);
     command
-        .current_dir(&sources)
+        .current_dir(folder)
         // Flags and wrappers that cargo set for ordinary crates (coverage, sanitizers, native CPU features)
         // have no place in a guest.
         .env_remove("RUSTC_WRAPPER")
         .env_remove("RUSTC_WORKSPACE_WRAPPER")
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
-        .args([
-            "--edition=2024",
-            "--crate-type=bin",
-            "--target",
-            TARGET,
-            "--crate-name",
-            guest,
-        ])
-        .args([
-            "-Copt-level=3",
-            "-Cpanic=abort",
-            "-Crelocation-model=static",
-            "-Cstrip=debuginfo",
-        ])
+        .args(["--edition=2024", "--crate-type=bin", "--target", TARGET])
+        .args(["--crate-name", name, "-Cpanic=abort", "-o"])
+        .arg(output)
+        .arg(source);
+    command
+}
+
+fn program_command(name: &str) -> Result<Command, Box<dyn Error>> {
+    let folder = PathBuf::from(variable("CARGO_MANIFEST_DIR")?)
+        .join("programs")
+        .join(name);
+    let output = PathBuf::from(variable("OUT_DIR")?).join(name);
+    let mut command = rustc(&folder, name, "main.rs", &output);
+    command
+        .args(["-Copt-level=2", "-Ctarget-feature=+crt-static", "-Cstrip=symbols"])
+        // The same program wherever the sources lie.
+        .arg(format!("--remap-path-prefix={}=.", folder.display()))
+        .arg("-Clink-args=-Wl,--build-id=none");
+    Ok(command)
+}
+
+fn guest_command(guest: &str) -> Result<Command, Box<dyn Error>> {
+    let sources = PathBuf::from(variable("CARGO_MANIFEST_DIR")?).join("guests");
+    let output = PathBuf::from(variable("OUT_DIR")?).join(format!("{guest}.elf"));
+    let mut command = rustc(&sources, guest, &format!("{guest}.rs"), &output);
+    command
+        .args(["-Copt-level=3", "-Crelocation-model=static", "-Cstrip=debuginfo"])
         // An exception at level 0 would write below the stack pointer; nothing ever unwinds.
         .args(["-Cno-redzone=yes", "-Cforce-unwind-tables=no"])
-        .arg(format!("-Clink-args={}", link_arguments(&sources)))
-        .arg("-o")
-        .arg(&output)
-        .arg(format!("{guest}.rs"));
+        .arg(format!("-Clink-args={}", link_arguments(&sources)));
+    Ok(command)
+}
+
+fn run(mut command: Command) -> Result<(), Box<dyn Error>> {
     let run = command
         .output()
-        .map_err(|error| format!("cannot start {}: {error}", rustc.display()))?;
+        .map_err(|error| format!("cannot start {}: {error}", command.get_program().display()))?;
     let messages = String::from_utf8_lossy(&run.stderr);
     if !run.status.success() {
-        return Err(format!("{} ended with {}\n{messages}", rustc.display(), run.status).into());
+        return Err(format!("{command:?} ended with {}\n{messages}", run.status).into());
     }
     for line in messages.lines() {
-        println!("cargo::warning={guest}: {line}");
+        println!("cargo::warning={line}");
     }
     Ok(())
 }

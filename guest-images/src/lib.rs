@@ -1,10 +1,11 @@
-//! Bare-metal guests for tests, demos and benchmarks, ready to be booted through the PVH protocol.
+//! Guests for tests, demos and benchmarks. [`debian`] makes a Linux guest; two bare-metal guests are ready to be booted
+//! through the PVH protocol:
 //!
 //! - [`TICKER`] prints `tick N` at a fixed period: it shows whether a guest runs, stood still or went back.
 //! - [`CHURN`] writes memory at a given rate and for ever verifies all of it, and its registers: it shows
 //!   whether a checkpoint lost anything.
 //!
-//! Both are static ELF64 images without relocations, loaded at 2 MiB, started in 32-bit protected mode at the
+//! Both of these are static ELF64 images without relocations, loaded at 2 MiB, started in 32-bit protected mode at the
 //! entry point that their PVH note names, with `hvm_start_info` in EBX. They talk over the serial port at 0x3f8.
 //! Command lines and output are documented in `guests/cmdline.rs`, `guests/ticker.rs` and `guests/churn.rs`.
 //!
@@ -26,6 +27,9 @@ pub static TICKER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/ticker.elf"
 
 /// The guest that writes and verifies memory.
 pub static CHURN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/churn.elf"));
+
+/// The program that tortures a Linux guest, and is the other end of its stream: a static Linux executable.
+pub static TORTURE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/torture"));
 
 /// Every guest with the name of its file.
 pub static ALL: [(&str, &[u8]); 2] = [("ticker.elf", TICKER), ("churn.elf", CHURN)];

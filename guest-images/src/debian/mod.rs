@@ -1,13 +1,17 @@
 //! Debian's kernel and tools as parts of machine images. Nothing is installed on the building machine.
 
+mod image;
 mod kernel;
 mod packages;
+mod root;
 
 use std::io as std_io;
 use std::path::{Path, PathBuf};
 
+pub use image::Image;
 pub use kernel::{Kernel, Module};
 pub use packages::{Package, Packages};
+pub use root::root_disk;
 
 /// What went wrong while an image was made.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +33,14 @@ pub enum Error {
     NotAKernel {
         /// What is wrong with it.
         what: String,
+    },
+    /// A package without a file that should be in it.
+    #[error("package {package} has no {file}")]
+    NoFile {
+        /// The package.
+        package: String,
+        /// The file, as it would be under `/`.
+        file: String,
     },
     /// A program that is needed could not be started.
     #[error("cannot start {program}: install the package that has it")]
@@ -65,4 +77,14 @@ pub enum Error {
 pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std_io::Error) -> Error {
     let path = path.to_owned();
     move |source| Error::Io { action, path, source }
+}
+
+/// A folder for what is made once and used again: below the target folder that the running program was built in.
+#[must_use]
+pub fn cache() -> Option<PathBuf> {
+    let me = std::env::current_exe().ok()?;
+    let target = me
+        .ancestors()
+        .find(|folder| folder.join("CACHEDIR.TAG").is_file())?;
+    Some(target.join("nested-host"))
 }

@@ -10,10 +10,14 @@ use std::process::Command;
 
 use super::{Error, io};
 
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
 /// Unpacked packages, in a folder of ours.
 #[derive(Debug, Clone)]
 pub struct Packages {
     store: PathBuf,
+    /// Options for apt: none for the sources of the machine itself.
+    apt: Vec<String>,
 }
 
 /// One unpacked package.
@@ -25,11 +29,67 @@ pub struct Package {
     pub root: PathBuf,
 }
 
+impl Package {
+    /// One of its files, wherever a Debian with or without merged `/usr` has it.
+    ///
+    /// # Errors
+    /// When it is in neither place.
+    pub fn file(&self, name: &str) -> Result<PathBuf, Error> {
+        let places = [self.root.join(name), self.root.join("usr").join(name)];
+        let found = places.into_iter().find(|path| path.is_file());
+        found.ok_or_else(|| Error::NoFile {
+            package: self.id.clone(),
+            file: name.into(),
+        })
+    }
+}
+
 impl Packages {
     /// Packages kept in `store`, made when it does not exist.
     #[must_use]
     pub fn new(store: impl Into<PathBuf>) -> Self {
-        Self { store: store.into() }
+        Self {
+            store: store.into(),
+            apt: Vec::new(),
+        }
+    }
+
+    /// The backports of this machine's Debian release, which apt need not have in its sources: the lists are kept
+    /// in the store too.
+    ///
+    /// # Errors
+    /// When this is not a Debian release that has them, or they cannot be fetched.
+    pub fn backports(&self) -> Result<Self, Error> {
+        let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+        let value = |key: &str| release.lines().find_map(|line| line.strip_prefix(key));
+        let (Some("debian"), Some(name)) = (value("ID="), value("VERSION_CODENAME=")) else {
+            return Err(Error::NoPackage {
+                name: "from backports: this is not a Debian release".into(),
+            });
+        };
+        let folder = self.store.join(format!("apt-{name}-backports"));
+        let folder = std::path::absolute(&folder).map_err(io("find", &folder))?;
+        let (lists, cache) = (folder.join("lists"), folder.join("cache"));
+        for needed in [lists.join("partial"), cache.join("archives/partial")] {
+            fs::create_dir_all(&needed).map_err(io("create", &needed))?;
+        }
+        let sources = folder.join("sources.list");
+        let mirror = mirror(name)?;
+        let line = format!("deb [signed-by={KEYRING}] {mirror} {name}-backports main\n");
+        fs::write(&sources, line).map_err(io("write", &sources))?;
+        let apt = [
+            ("Dir::Etc::sourcelist", sources.as_path()),
+            ("Dir::Etc::sourceparts", Path::new("/dev/null")),
+            ("Dir::State::lists", &lists),
+            ("Dir::Cache", &cache),
+            // What is installed is no candidate: it cannot be fetched from there.
+            ("Dir::State::status", Path::new("/dev/null")),
+        ];
+        let option = |(key, path): (&str, &Path)| ["-o".to_owned(), format!("{key}={}", path.display())];
+        Ok(Self {
+            store: self.store.clone(),
+            apt: apt.into_iter().flat_map(option).collect(),
+        })
     }
 
     /// The version of `name` that apt would install, fetched and unpacked.
@@ -37,11 +97,12 @@ impl Packages {
     /// # Errors
     /// When apt does not know it or cannot fetch it.
     pub fn get(&self, name: &str) -> Result<Package, Error> {
-        let version = match candidate(name)? {
+        let version = match self.candidate(name)? {
             Some(version) => version,
             None => {
-                update()?;
-                candidate(name)?.ok_or_else(|| Error::NoPackage { name: name.into() })?
+                self.update()?;
+                self.candidate(name)?
+                    .ok_or_else(|| Error::NoPackage { name: name.into() })?
             }
         };
         // The epoch's colon is awkward in paths.
@@ -58,10 +119,10 @@ impl Packages {
     /// # Errors
     /// When there is none, or it cannot be had.
     pub fn get_through(&self, name: &str, start: &str) -> Result<Package, Error> {
-        if candidate(name)?.is_none() {
-            update()?;
+        if self.candidate(name)?.is_none() {
+            self.update()?;
         }
-        let depends = run("apt-cache", ["depends", name])?;
+        let depends = self.apt(Path::new("."), "apt-cache", &["depends", name])?;
         let found = depends
             .lines()
             .filter_map(|line| line.trim().strip_prefix("Depends: "))
@@ -76,18 +137,18 @@ impl Packages {
         // Others may fetch the same at the same time: each in a folder of its own, the first rename wins.
         let work = self.store.join(format!("fetch-{}-{name}", std::process::id()));
         fs::create_dir_all(&work).map_err(io("create", &work))?;
-        let result = Self::fetch_into(&work, name, version, root);
+        let result = self.fetch_into(&work, name, version, root);
         // What is left is of no use, and an error that matters more may be on its way.
         let _ = fs::remove_dir_all(&work);
         result
     }
 
-    fn fetch_into(work: &Path, name: &str, version: &str, root: &Path) -> Result<(), Error> {
+    fn fetch_into(&self, work: &Path, name: &str, version: &str, root: &Path) -> Result<(), Error> {
         let wanted = format!("{name}={version}");
-        let download = || run_in(work, "apt-get", ["download", "-q", &wanted]);
+        let download = || self.apt(work, "apt-get", &["download", "-q", &wanted]);
         // The lists may be older than the archive, which no longer has that version's file.
         if download().is_err() {
-            update()?;
+            self.update()?;
             download()?;
         }
         let file = fs::read_dir(work)
@@ -102,26 +163,46 @@ impl Packages {
             result => result.map_err(io("rename to", root)),
         }
     }
-}
 
-/// The version apt would install, None when it knows none.
-fn candidate(name: &str) -> Result<Option<String>, Error> {
-    let policy = run("apt-cache", ["policy", name])?;
-    Ok(policy
-        .lines()
-        .find_map(|line| line.trim().strip_prefix("Candidate: "))
-        .filter(|version| *version != "(none)")
-        .map(str::to_owned))
-}
-
-fn update() -> Result<(), Error> {
-    let root = run("id", ["-u"])?.trim() == "0";
-    if root {
-        run("apt-get", ["update", "-qq"])?;
-    } else {
-        run("sudo", ["-n", "apt-get", "update", "-qq"])?;
+    /// The version apt would install, None when it knows none.
+    fn candidate(&self, name: &str) -> Result<Option<String>, Error> {
+        let policy = self.apt(Path::new("."), "apt-cache", &["policy", name])?;
+        Ok(policy
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("Candidate: "))
+            .filter(|version| *version != "(none)")
+            .map(str::to_owned))
     }
-    Ok(())
+
+    fn update(&self) -> Result<(), Error> {
+        let here = Path::new(".");
+        // The lists of the machine itself belong to root, ours to us.
+        if self.apt.is_empty() && run("id", ["-u"])?.trim() != "0" {
+            run_in(here, "sudo", ["-n", "apt-get", "update", "-qq"]).map(drop)
+        } else {
+            self.apt(here, "apt-get", &["update", "-qq"]).map(drop)
+        }
+    }
+
+    fn apt(&self, folder: &Path, program: &str, arguments: &[&str]) -> Result<String, Error> {
+        let options = self.apt.iter().map(String::as_str);
+        run_in(folder, program, options.chain(arguments.iter().copied()))
+    }
+}
+
+/// Where this machine gets its own release from: the release's backports are beside it.
+fn mirror(release: &str) -> Result<String, Error> {
+    let sources = run("apt-get", ["indextargets", "--format", "$(RELEASE) $(REPO_URI)"])?;
+    let of_release = |line: &str| match line.split_once(' ') {
+        Some((of, mirror)) if of == release => Some(mirror.trim().to_owned()),
+        Some(_) | None => None,
+    };
+    sources
+        .lines()
+        .find_map(of_release)
+        .ok_or_else(|| Error::NoPackage {
+            name: format!("from backports: apt has no source for {release} itself"),
+        })
 }
 
 /// Runs a program to its end; its standard output.

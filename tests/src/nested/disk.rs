@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use guest_images::cpio::Archive;
 use guest_images::debian::{Kernel, Packages};
 
@@ -70,12 +70,7 @@ pub(crate) fn make(cache: &Path, shared: &[PathBuf]) -> Result<Disks> {
     let packages = Packages::new(cache.join("packages"));
     let linux = packages.get_through("linux-image-cloud-amd64", "linux-image-")?;
     let busybox = packages.get("busybox-static")?;
-    let busybox = [
-        busybox.root.join("bin/busybox"),
-        busybox.root.join("usr/bin/busybox"),
-    ];
-    let [bin, usr] = busybox;
-    let busybox = if bin.is_file() { bin } else { usr };
+    let busybox = busybox.file("bin/busybox")?;
     let kernel = Kernel::of(&linux)?;
     Ok(Disks {
         initramfs: initramfs(cache, &kernel, &busybox)?,
@@ -305,23 +300,5 @@ fn forget_old(cache: &Path) {
             // Another may have removed it.
             let _ = fs::remove_file(entry.path());
         }
-    }
-}
-
-/// The folder for everything made once: `nested-host` in the target folder this program was built in.
-///
-/// # Errors
-/// When this program is not in a target folder.
-pub(crate) fn cache() -> Result<PathBuf> {
-    let me = std::env::current_exe().context("find this program")?;
-    match me
-        .ancestors()
-        .find(|folder| folder.join("CACHEDIR.TAG").is_file())
-    {
-        Some(target) => Ok(target.join("nested-host")),
-        None => bail!(
-            "{} is not in a target folder: name a folder with --cache",
-            me.display()
-        ),
     }
 }

@@ -1,6 +1,7 @@
 //! One emulated host: a QEMU process and our ends of its ports.
 
 use std::collections::VecDeque;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::plan::Event;
+use super::qemu::Qemu;
 use crate::harness::run;
 
 /// Lines of the console that are kept.
@@ -31,6 +33,7 @@ pub(crate) struct Spec<'a> {
     pub(crate) host: usize,
     pub(crate) cpus: usize,
     pub(crate) memory: &'a str,
+    pub(crate) qemu: &'a Qemu,
     pub(crate) kernel: &'a Path,
     pub(crate) initrd: &'a Path,
     pub(crate) root: &'a Path,
@@ -203,7 +206,14 @@ fn take(ports: &mut Vec<(&'static str, UnixStream)>, name: &str) -> Result<UnixS
 fn command(spec: &Spec<'_>, results: Option<&Path>, ports: &[(&'static str, UnixListener)]) -> Command {
     // It must not outlive this process, however that ends.
     let mut qemu = Command::new("setpriv");
-    qemu.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"])
+    qemu.args(["--pdeathsig", "KILL", "--"])
+        .arg(&spec.qemu.program)
+        .args(
+            spec.qemu
+                .data
+                .iter()
+                .flat_map(|folder| [OsStr::new("-L"), folder.as_os_str()]),
+        )
         .args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
         .args(["-smp", &spec.cpus.to_string(), "-m", spec.memory])

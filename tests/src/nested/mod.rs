@@ -18,6 +18,7 @@ mod disk;
 mod hub;
 mod machine;
 mod plan;
+mod qemu;
 pub mod remote;
 
 use std::ffi::OsString;
@@ -35,6 +36,7 @@ use guest_images::cpio::Archive;
 
 use machine::{Machine, Spec};
 use plan::{Action, Event, Plan};
+use qemu::Qemu;
 
 /// The most emulated hosts of one run: memory and the two networks set no tighter limit.
 pub const MAX_HOSTS: usize = 8;
@@ -113,10 +115,12 @@ pub fn run(options: &Options) -> Result<u8> {
     };
     let cache = match &options.cache {
         Some(folder) => folder.clone(),
-        None => disk::cache()?,
+        None => guest_images::debian::cache()
+            .context("this program is not in a target folder: name a folder with --cache")?,
     };
     let programs = programs_folder()?;
     let disks = disk::make(&cache, &shared(options, &programs)?)?;
+    let qemu = Qemu::find(&cache)?;
     mark("disks are ready");
     let folder = tempfile::Builder::new()
         .prefix("nested-host-")
@@ -136,6 +140,7 @@ pub fn run(options: &Options) -> Result<u8> {
             host: host.into(),
             cpus: options.cpus.map_or_else(default_cpus, usize::from),
             memory: &options.memory,
+            qemu: &qemu,
             kernel: &disks.kernel,
             initrd: &initrd,
             root: &disks.root,
