@@ -13,6 +13,7 @@ mod ordered;
 
 use std::error::Error;
 use std::fmt;
+use std::io;
 use std::time::Duration;
 
 use segment::{CheckpointId, PageIndex, Record, Space};
@@ -29,47 +30,75 @@ pub enum CaptureKind {
     Delta,
 }
 
+/// Pages that stay where they are until they are encoded: a disk's, which need not fit into memory. The monitor
+/// implements it, and sees to it that what is read is of the capture's instant.
+pub trait PageReader: Send + Sync {
+    /// Reads whole pages, ascending, into `to`. Called from several threads, for each captured page once.
+    ///
+    /// # Errors
+    /// The system's error. The checkpoint then fails, and is put back.
+    fn read(&self, pages: &[PageIndex], to: &mut [u8]) -> io::Result<()>;
+}
+
 /// Bytes of pages, in whatever holds them: a reused buffer goes back to its pool when this is dropped.
-pub struct PageBytes {
-    bytes: Box<dyn AsRef<[u8]> + Send + Sync>,
-    sparse: bool,
+pub struct PageBytes(Held);
+
+enum Held {
+    Packed(Box<dyn AsRef<[u8]> + Send + Sync>),
+    Sparse(Box<dyn AsRef<[u8]> + Send + Sync>),
+    Deferred(Box<dyn PageReader>),
 }
 
 impl PageBytes {
     /// Wraps what holds the captured pages back to back.
     pub fn new(bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Self {
-        Self {
-            bytes: Box::new(bytes),
-            sparse: false,
-        }
+        Self(Held::Packed(Box::new(bytes)))
     }
 
     /// Wraps what holds the *whole* space, page `n` at `n * page_bytes`: a full capture's copy, of which only the
     /// captured pages are looked at.
     pub fn sparse(bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Self {
-        Self {
-            bytes: Box::new(bytes),
-            sparse: true,
-        }
+        Self(Held::Sparse(Box::new(bytes)))
+    }
+
+    /// Wraps what reads the captured pages when they are encoded.
+    pub fn deferred(reader: impl PageReader + 'static) -> Self {
+        Self(Held::Deferred(Box::new(reader)))
     }
 
     /// Whether the whole space is here, not only the captured pages.
     #[must_use]
     pub fn is_sparse(&self) -> bool {
-        self.sparse
+        matches!(self.0, Held::Sparse(_))
+    }
+
+    /// What reads the pages, when they are not here.
+    #[must_use]
+    pub fn reader(&self) -> Option<&dyn PageReader> {
+        match &self.0 {
+            Held::Deferred(reader) => Some(&**reader),
+            Held::Packed(_) | Held::Sparse(_) => None,
+        }
     }
 }
 
 impl AsRef<[u8]> for PageBytes {
+    /// The bytes that are here: none of [deferred](Self::deferred) pages.
     fn as_ref(&self) -> &[u8] {
-        (*self.bytes).as_ref()
+        match &self.0 {
+            Held::Packed(bytes) | Held::Sparse(bytes) => (**bytes).as_ref(),
+            Held::Deferred(_) => &[],
+        }
     }
 }
 
 impl fmt::Debug for PageBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Never the content: it is a guest's memory.
-        write!(f, "PageBytes({} bytes)", self.as_ref().len())
+        match self.reader() {
+            Some(_) => f.write_str("PageBytes(deferred)"),
+            None => write!(f, "PageBytes({} bytes)", self.as_ref().len()),
+        }
     }
 }
 
@@ -81,7 +110,7 @@ pub struct CapturedPages {
     /// Which of its pages, ascending and distinct.
     pub pages: Vec<PageIndex>,
     /// Their bytes in the same order, `pages.len() * space.page_bytes` long; or the whole space, when it is
-    /// [sparse](PageBytes::sparse).
+    /// [sparse](PageBytes::sparse); or what reads them, when they are [deferred](PageBytes::deferred).
     pub data: PageBytes,
 }
 

@@ -15,11 +15,10 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use vmm_sys_util::eventfd::EventFd;
-
 use crate::devices::i8042::I8042;
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::SerialPort;
+use crate::devices::virtio::Transport;
 use crate::layout::{
     RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_S5, SLEEP_STATUS_PORT, VIRTIO_MMIO_BYTES, VirtioSlot,
 };
@@ -43,25 +42,13 @@ pub trait MmioDevice: Send + Sync {
     fn reset(&self);
 }
 
-/// A device as a machine takes it: where it is, and how it and the guest call each other.
+/// A virtio device and its place.
+#[derive(Debug, Clone)]
 pub struct Attached {
     /// Its window and interrupt line.
     pub slot: VirtioSlot,
-    /// What answers in the window.
-    pub device: Arc<dyn MmioDevice>,
-    /// Signalled by the device; raises the slot's line.
-    pub interrupt: EventFd,
-    /// One a queue: signalled when the guest writes that queue's number to `QueueNotify`. Such a write then does not
-    /// reach [`MmioDevice::write`]. None: all do.
-    pub kicks: Vec<EventFd>,
-}
-
-impl std::fmt::Debug for Attached {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Attached")
-            .field("slot", &self.slot)
-            .finish_non_exhaustive()
-    }
+    /// What answers in the window, raises the line, and is kicked.
+    pub device: Arc<Transport>,
 }
 
 /// Two devices in one place.
@@ -223,7 +210,7 @@ mod tests {
 
     #[test]
     fn each_address_has_one_device_or_none() {
-        let interrupt = Interrupt::new(EventFd::new(0).unwrap());
+        let interrupt = Interrupt::new(vmm_sys_util::eventfd::EventFd::new(0).unwrap());
         let serial = SerialPort::new(interrupt, Outbox::default().writer());
         let mut bus = Bus::new(serial, I8042::default(), Rtc::default());
         let echoes: Vec<_> = (0..3).map(|_| Arc::new(Echo(Mutex::default()))).collect();

@@ -2,7 +2,7 @@
 //!
 //! | tag | version | payload |
 //! |---|---|---|
-//! | `machine` | 1 | CBOR: memory bytes, number of vCPUs |
+//! | `machine` | 1 | CBOR: memory bytes, number of vCPUs, number of virtio devices |
 //! | `vcpu/N/mp_state`, `regs`, `sregs`, `xcrs`, `debugregs`, `lapic`, `events` | 1 | KVM's structure of that name, as the kernel's ABI lays it out |
 //! | `vcpu/N/xsave` | 1 | the XSAVE area |
 //! | `vcpu/N/cpuid` | 1 | `kvm_cpuid_entry2`, any number |
@@ -10,6 +10,7 @@
 //! | `vcpu/N/tsc_khz` | 1 | u32 |
 //! | `pit`, `clock`, `irqchip/0..2` | 1 | KVM's structure |
 //! | `serial`, `i8042`, `rtc` | 1 | CBOR |
+//! | `virtio/N` | 1 | CBOR: the device in slot N |
 //!
 //! KVM's structures are a stable ABI of little-endian integers without pointers. Their length is checked to the
 //! byte: a shorter or longer one is refused, never padded.
@@ -29,6 +30,8 @@ use crate::memory::{MAX_MEMORY_BYTES, MIN_MEMORY_BYTES};
 use crate::vcpu::msrs::MAX_MSRS;
 use crate::vcpu::state::VcpuState;
 use crate::vm::{MAX_VCPUS, MachineConfig, MachineState};
+
+mod virtio;
 
 const VERSION: u16 = 1;
 /// A FIFO of the serial port holds 64 bytes.
@@ -71,6 +74,10 @@ struct MachineRecord {
     memory_bytes: u64,
     #[n(1)]
     vcpus: u8,
+    /// Number of virtio devices.
+    #[n(2)]
+    #[cbor(default)]
+    virtio: u8,
 }
 
 #[derive(minicbor::Encode, minicbor::Decode)]
@@ -117,6 +124,8 @@ pub fn to_records(state: &MachineState) -> Vec<Record> {
     let machine = MachineRecord {
         memory_bytes: state.config.memory_bytes,
         vcpus: state.config.vcpus,
+        // A machine has at most MAX_VIRTIO_SLOTS.
+        virtio: state.virtio.len() as u8,
     };
     put("machine".into(), cbor(&machine));
     for (index, vcpu) in state.vcpus.iter().enumerate() {
@@ -177,6 +186,8 @@ pub fn to_records(state: &MachineState) -> Vec<Record> {
             memory: state.rtc.memory.clone(),
         }),
     );
+    let virtio = state.virtio.iter().enumerate();
+    out.extend(virtio.map(|(index, device)| virtio::to_record(index, device)));
     out
 }
 
@@ -203,13 +214,7 @@ impl<'a> Unread<'a> {
     }
 
     fn cbor<T: minicbor::Decode<'a, ()>>(&mut self, tag: &str) -> Result<T, StateError> {
-        let payload = self.take(tag)?;
-        let mut decoder = minicbor::Decoder::new(payload);
-        let value = decoder.decode().map_err(|e| invalid(tag, e.to_string()))?;
-        if decoder.position() != payload.len() {
-            return Err(invalid(tag, "bytes follow its content".into()));
-        }
-        Ok(value)
+        decode(tag, self.take(tag)?)
     }
 
     fn plain<T: FromBytes>(&mut self, tag: &str) -> Result<T, StateError> {
@@ -242,6 +247,15 @@ impl<'a> Unread<'a> {
             })
             .collect()
     }
+}
+
+fn decode<'a, T: minicbor::Decode<'a, ()>>(tag: &str, payload: &'a [u8]) -> Result<T, StateError> {
+    let mut decoder = minicbor::Decoder::new(payload);
+    let value = decoder.decode().map_err(|e| invalid(tag, e.to_string()))?;
+    if decoder.position() != payload.len() {
+        return Err(invalid(tag, "bytes follow its content".into()));
+    }
+    Ok(value)
 }
 
 fn invalid(tag: &str, why: String) -> StateError {
@@ -291,6 +305,7 @@ pub fn from_records(records: &[Record]) -> Result<MachineState, StateError> {
         serial: serial(&unread.cbor("serial")?)?,
         i8042: i8042(&unread.cbor("i8042")?),
         rtc: rtc(unread.cbor("rtc")?),
+        virtio: virtio::from_records(&mut unread, machine.virtio)?,
     };
     if let Some(record) = unread
         .0
@@ -377,8 +392,11 @@ fn rtc(record: RtcRecord) -> RtcState {
 
 #[cfg(test)]
 mod tests {
+    use virtio_queue::QueueState;
+
     use super::*;
     use crate::devices::rtc::Rtc;
+    use crate::devices::virtio::state::{BlockState, DeviceState, VirtioState};
 
     fn sample() -> MachineState {
         let mut vcpu = VcpuState {
@@ -419,6 +437,32 @@ mod tests {
                 ..Default::default()
             },
             rtc: Rtc::default().state(),
+            virtio: vec![VirtioState {
+                name: "disk:root".into(),
+                driver_features: 1 << 32 | 1 << 9,
+                device_features_sel: 1,
+                driver_features_sel: 1,
+                queue_sel: 0,
+                status: 15,
+                config_generation: 2,
+                interrupt_status: 1,
+                queues: vec![QueueState {
+                    max_size: 256,
+                    size: 128,
+                    next_avail: 7,
+                    next_used: 6,
+                    ready: true,
+                    event_idx_enabled: true,
+                    desc_table: 0x1000,
+                    avail_ring: 0x2000,
+                    used_ring: 0x3000,
+                }],
+                device: DeviceState::Block(BlockState {
+                    bytes: 1 << 20,
+                    read_only: false,
+                    flush: true,
+                }),
+            }],
         }
     }
 
@@ -429,6 +473,7 @@ mod tests {
         assert_eq!(to_records(&back), records);
         assert_eq!(back.vcpus[1].regs.rip, 0x1234_5678_9abc);
         assert_eq!(back.serial.in_buffer, b"typed");
+        assert_eq!(back.virtio, sample().virtio);
     }
 
     #[test]

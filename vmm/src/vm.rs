@@ -21,12 +21,14 @@ use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, BootError, BootSource};
-use crate::bus::{Attached, Bus, Occupied};
+use crate::bus::{Attached, Bus, MmioDevice, Occupied};
 use crate::cpuid;
 use crate::devices::DeviceStateError;
 use crate::devices::i8042::{I8042, I8042State};
 use crate::devices::rtc::{Rtc, RtcState};
 use crate::devices::serial::{Interrupt, SerialPort};
+use crate::devices::virtio::mmio::DrainError;
+use crate::devices::virtio::state::VirtioState;
 use crate::dirty::DirtyTracker;
 use crate::kvm::{self, KvmError};
 use crate::layout::{IDENTITY_MAP, SERIAL_GSI, TSS_PAGES, VIRTIO_QUEUE_NOTIFY};
@@ -66,6 +68,8 @@ pub struct MachineState {
     pub i8042: I8042State,
     /// The CMOS clock.
     pub rtc: RtcState,
+    /// The virtio devices, in the order of their slots.
+    pub virtio: Vec<VirtioState>,
 }
 
 /// Why a machine could not be made, run, stopped or read.
@@ -104,6 +108,9 @@ pub enum VmError {
         #[source]
         source: std::io::Error,
     },
+    /// A virtio device has something in flight that does not end. The vCPUs stand still.
+    #[error("stop the devices")]
+    Drain(#[from] DrainError),
     /// Two devices in one slot.
     #[error("attach the devices")]
     Occupied(#[from] Occupied),
@@ -223,12 +230,13 @@ impl Parts {
     fn attach(&self, bus: &mut Bus, attached: &Attached) -> Result<(), VmError> {
         let slot = attached.slot;
         let on = |ioctl: &'static str| KvmError::ioctl(ioctl, format!("virtio slot {}", slot.number()));
-        bus.attach(slot, Arc::clone(&attached.device))?;
+        let device = &attached.device;
+        bus.attach(slot, Arc::clone(device) as Arc<dyn MmioDevice>)?;
         self.fd
-            .register_irqfd(&attached.interrupt, slot.gsi())
+            .register_irqfd(device.irq_event(), slot.gsi())
             .map_err(on("KVM_IRQFD"))?;
         let notify = IoEventAddress::Mmio(slot.address() + VIRTIO_QUEUE_NOTIFY);
-        for (kick, queue) in attached.kicks.iter().zip(0u32..) {
+        for (kick, queue) in device.kicks().iter().zip(0u32..) {
             self.fd
                 .register_ioevent(kick, &notify, queue)
                 .map_err(on("KVM_IOEVENTFD"))?;
@@ -431,6 +439,9 @@ impl Vm {
     /// Lets the guest run.
     pub fn run(&mut self) {
         self.running = true;
+        for attached in &self.attached {
+            attached.device.unpause();
+        }
         for vcpu in &self.vcpus {
             vcpu.run();
         }
@@ -439,7 +450,8 @@ impl Vm {
     /// Stops the guest, all vCPUs at once.
     ///
     /// # Errors
-    /// [`VcpuError::Stuck`]: some vCPU may still run.
+    /// [`VcpuError::Stuck`]: some vCPU may still run. [`VmError::Drain`]: the vCPUs stand still, and a device may still
+    /// finish what it has taken.
     pub fn pause(&mut self) -> Result<Paused<'_>, VmError> {
         for vcpu in &self.vcpus {
             vcpu.ask_stop();
@@ -448,6 +460,10 @@ impl Vm {
             vcpu.wait_parked()?;
         }
         self.running = false;
+        // After the vCPUs, whose kicks are then all made; what is in flight ends before anything is saved (trap 1).
+        for attached in &self.attached {
+            attached.device.pause()?;
+        }
         Ok(Paused(self))
     }
 
@@ -508,6 +524,7 @@ impl Paused<'_> {
         let serial = vm.bus.serial().state();
         let i8042 = vm.bus.i8042().state();
         let rtc = vm.bus.rtc().state();
+        let virtio = vm.attached.iter().map(|a| a.device.state()).collect();
         let vcpus = vm
             .vcpus
             .iter()
@@ -531,6 +548,7 @@ impl Paused<'_> {
             serial,
             i8042,
             rtc,
+            virtio,
         })
     }
 

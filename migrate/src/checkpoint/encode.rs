@@ -83,6 +83,14 @@ impl Batch<'_> {
     fn encode(&self, encoder: &mut FrameEncoder, full: bool) -> Result<Option<EncodedFrame>, FormatError> {
         let page_bytes = self.space.space.page_bytes as usize;
         let pages = &self.space.pages[self.pages.clone()];
+        if let Some(reader) = self.space.data.reader() {
+            let mut data = vec![0; pages.len() * page_bytes];
+            reader.read(pages, &mut data).map_err(|source| FormatError::Io {
+                what: format!("{} from page {} on", self.space.space.name, pages[0].0).into(),
+                source,
+            })?;
+            return encoder.encode(&self.space.space, full, pages, &data);
+        }
         let bytes = self.space.data.as_ref();
         if !self.space.data.is_sparse() {
             let data = &bytes[self.pages.start * page_bytes..self.pages.end * page_bytes];
@@ -257,7 +265,7 @@ fn batches<'a>(captured: &'a Captured, manifest: &Manifest) -> Result<Vec<Batch<
         } else {
             pages
         };
-        if held.checked_mul(page_bytes as usize) != Some(bytes) {
+        if space.data.reader().is_none() && held.checked_mul(page_bytes as usize) != Some(bytes) {
             return Err(format!(
                 "space {} has {bytes} bytes for {held} pages of {page_bytes}",
                 space.space.id

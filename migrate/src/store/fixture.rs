@@ -10,8 +10,8 @@ use segment::{
 };
 
 use crate::checkpoint::{
-    CaptureKind, Captured, CapturedPages, EncodeError, EncodeOptions, EncodePool, PageBytes, Source,
-    SourceError,
+    CaptureKind, Captured, CapturedPages, EncodeError, EncodeOptions, EncodePool, PageBytes, PageReader,
+    Source, SourceError,
 };
 use crate::load::{LoadPlan, Target, TargetError};
 use crate::store::{FsStore, StoreError, Stored};
@@ -105,7 +105,12 @@ impl Machine {
                 .collect();
             let size = space.page_bytes as usize;
             let bytes = &self.bytes[s];
-            let data = if full && self.sparse {
+            let data = if s > 0 {
+                PageBytes::deferred(WholeSpace {
+                    bytes: bytes.clone(),
+                    page_bytes: size,
+                })
+            } else if full && self.sparse {
                 PageBytes::sparse(bytes.clone())
             } else {
                 PageBytes::new(
@@ -133,6 +138,21 @@ impl Machine {
         };
         self.dirty.iter_mut().for_each(|space| space.fill(false));
         captured
+    }
+}
+
+/// A space whose pages are read late, as a disk's are.
+struct WholeSpace {
+    bytes: Vec<u8>,
+    page_bytes: usize,
+}
+
+impl PageReader for WholeSpace {
+    fn read(&self, pages: &[PageIndex], to: &mut [u8]) -> std::io::Result<()> {
+        for (page, to) in pages.iter().zip(to.chunks_exact_mut(self.page_bytes)) {
+            to.copy_from_slice(&self.bytes[page.0 as usize * self.page_bytes..][..self.page_bytes]);
+        }
+        Ok(())
     }
 }
 

@@ -4,6 +4,7 @@
 pub mod i8042;
 pub mod rtc;
 pub mod serial;
+pub mod virtio;
 
 /// Why a saved device state cannot be taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
