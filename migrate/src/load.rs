@@ -29,7 +29,7 @@ use segment::{
 };
 
 use crate::checkpoint::MAX_THREADS;
-use crate::store::{ChainError, Entry, FsStore, MAX_CHAIN_LINKS, StoreError, chain_of};
+use crate::store::{ChainError, Entry, FsStore, MAX_CHAIN_LINKS, Reading, StoreError, chain_of};
 use decided::Decided;
 pub use error::{LoadError, TargetError};
 
@@ -83,6 +83,8 @@ pub struct LoadPlan {
     /// The newest first.
     links: Vec<Link>,
     manifest: Manifest,
+    /// Links that are not open have to be where they are until they are loaded.
+    reading: Option<Reading>,
 }
 
 impl LoadPlan {
@@ -106,7 +108,11 @@ impl LoadPlan {
                     store.chain(tip).map_err(|source| not_whole(tip, source))?;
                     return Err(LoadError::Store(e));
                 }
-                other => return other,
+                Ok(mut plan) => {
+                    plan.reading = store.reading();
+                    return Ok(plan);
+                }
+                Err(error) => return Err(error),
             }
         }
     }
@@ -216,6 +222,7 @@ impl LoadPlan {
                 plan = Some(Self {
                     links: vec![link],
                     manifest,
+                    reading: None,
                 });
                 continue;
             };

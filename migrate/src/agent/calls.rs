@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use segment::{Generation, VmId};
 
-use super::{Inner, blocking, promote, software};
+use super::{Inner, blocking, keep, promote, software};
 use crate::protocol::parent_of;
 use crate::registry::{RegistryAddr, RegistryError, RegistryRequest, Role};
-use crate::store::{Entry, FsStore, StoreError};
+use crate::store::{Entry, FsStore, Lease, Lineage, StoreError};
 use crate::transport::{ByteStream, Client, FrameWriter, Link, PING_EVERY, TransportError, in_full};
 use crate::wire::{
     AgentStatus, Call, End, Failure, Fenced, ForgetCall, ForgetReport, HoldingCall, ListCall,
@@ -30,9 +30,12 @@ const FORGET_DEADLINE: Duration = Duration::from_secs(30);
 const VERIFY_BYTES: u64 = 64 << 20;
 /// The most VMs a status lists.
 const MAX_STATUS_VMS: usize = 1000;
+/// The most chains one connection keeps from being collected; the oldest gives way.
+const MAX_LEASES: usize = 16;
 
 /// Serves calls, one after the other, until the caller is gone.
 pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, mut link: Link<S>) -> Result<(), TransportError> {
+    let mut leases = Leases::new();
     loop {
         let Ok(next) = tokio::time::timeout(IDLE, link.reader.next()).await else {
             return Ok(());
@@ -54,7 +57,7 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, mut link: Link<S>) -
                 return Ok(());
             }
         };
-        let mut answering = std::pin::pin!(answer(inner.clone(), call));
+        let mut answering = std::pin::pin!(answer(inner.clone(), call, &mut leases));
         let (reply, file) = loop {
             tokio::select! {
                 answered = &mut answering => break answered,
@@ -81,9 +84,12 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, mut link: Link<S>) -
     }
 }
 
+/// The chains this connection is fetching, kept from being collected until it ends.
+type Leases = Vec<Lease>;
+
 type Answer = (Reply, Option<(File, u64)>);
 
-async fn answer(inner: Arc<Inner>, call: Call) -> Answer {
+async fn answer(inner: Arc<Inner>, call: Call, leases: &mut Leases) -> Answer {
     let reply = match call {
         Call::Registry(request) => registry(&inner, request).await,
         Call::Status(_) => Ok(Reply::Status(status(&inner).await)),
@@ -99,7 +105,19 @@ async fn answer(inner: Arc<Inner>, call: Call) -> Answer {
         Call::Forget(call) => forget(&inner, call).await.map(Reply::Forgotten),
         Call::Seal(call) => seal(&inner, call).await,
         Call::Holding(call) => holding(&inner, call).await,
+        Call::Keep(call) => keep::keep(&inner, call).await.map(Reply::Kept),
+        Call::Fold(call) => keep::fold(&inner, call).await.map(Reply::Folded),
+        Call::Verify(call) => keep::verify(&inner, call).await.map(Reply::Verified),
         Call::Fetch(call) => {
+            // The rest of the chain will be asked for next, link by link.
+            if !leases.iter().any(|lease| lease.covers(&call.name))
+                && let Ok(lease) = inner.store.lease(&call.name)
+            {
+                if leases.len() >= MAX_LEASES {
+                    leases.remove(0);
+                }
+                leases.push(lease);
+            }
             let store = inner.store.clone();
             let opened = blocking(move || {
                 let (file, entry) = store.open_raw(&call.name)?;
@@ -156,10 +174,7 @@ async fn status(inner: &Arc<Inner>) -> AgentStatus {
                 promised: store.promised(&vm),
                 segments: entries.len() as u64,
                 bytes: entries.iter().map(|e| e.bytes).sum(),
-                newest: store.newest_complete(&vm).map(|e| SegmentBrief {
-                    complete: true,
-                    ..brief_of(&e)
-                }),
+                newest: store.newest_complete(&vm).map(|e| brief(&store, &e)),
                 shipping: sessions.owner(&vm),
                 vm,
             }
@@ -183,22 +198,36 @@ async fn status(inner: &Arc<Inner>) -> AgentStatus {
             .collect(),
         connections: inner.connections.load(Ordering::Relaxed),
         registry_problem,
+        keep: Some(inner.housekeeper.default_policy().to_string()),
+        store_problem: inner.housekeeper.problem(),
+        verified_unix_s: inner.housekeeper.checked_at(),
     }
 }
 
 fn list(store: &FsStore, call: &ListCall) -> SegmentPage {
-    let mut entries = match &call.vm {
-        Some(vm) => store.entries(vm),
-        None => store.all(),
-    };
-    entries.sort_by(|a, b| a.name.cmp(&b.name));
     let after = call.after.as_ref();
-    let mut rest = entries.iter().filter(|e| after.is_none_or(|a| e.name > *a));
     let limit = call.limit.min(MAX_PAGE_SEGMENTS) as usize;
-    let segments = rest.by_ref().take(limit).map(|e| brief(store, e)).collect();
+    let mut segments = Vec::new();
+    let vms = match &call.vm {
+        Some(vm) => vec![vm.clone()],
+        None => store.vms(),
+    };
+    // VMs come in order, and names are ordered by their VM first.
+    for vm in vms.iter().filter(|vm| after.is_none_or(|after| **vm >= after.vm)) {
+        let lineage = Lineage::new(store.entries(vm));
+        for (i, entry) in lineage.entries().iter().enumerate() {
+            if after.is_some_and(|after| entry.name <= *after) {
+                continue;
+            }
+            if segments.len() == limit {
+                return SegmentPage { segments, more: true };
+            }
+            segments.push(with_links(entry, lineage.links(i)));
+        }
+    }
     SegmentPage {
         segments,
-        more: rest.next().is_some(),
+        more: false,
     }
 }
 
@@ -217,11 +246,18 @@ fn brief_of(entry: &Entry) -> SegmentBrief {
     }
 }
 
-fn brief(store: &FsStore, entry: &Entry) -> SegmentBrief {
+/// In short, with as many links as the chain has now; 0 when it is not whole.
+fn with_links(entry: &Entry, links: u32) -> SegmentBrief {
     SegmentBrief {
-        complete: store.chain(&entry.name).is_ok(),
+        complete: links > 0,
+        links,
         ..brief_of(entry)
     }
+}
+
+pub(super) fn brief(store: &FsStore, entry: &Entry) -> SegmentBrief {
+    let links = store.chain(&entry.name).map_or(0, |chain| chain.len());
+    with_links(entry, u32::try_from(links).unwrap_or(u32::MAX))
 }
 
 fn show(store: &FsStore, name: &segment::SegmentName) -> Result<SegmentDetail, StoreError> {
@@ -241,10 +277,7 @@ fn show(store: &FsStore, name: &segment::SegmentName) -> Result<SegmentDetail, S
     });
     let incomplete = store.chain(name).err().map(|e| e.to_string());
     Ok(SegmentDetail {
-        segment: SegmentBrief {
-            complete: incomplete.is_none(),
-            ..brief_of(&entry)
-        },
+        segment: brief(store, &entry),
         producer: manifest.producer.clone(),
         spaces: spaces.collect(),
         records: reader.records().map_err(damaged)?.len() as u64,
@@ -288,10 +321,7 @@ fn held(store: &FsStore, vm: &VmId, generation: Generation) -> SealReport {
         generation,
         had: had.into_iter().flatten().max_by_key(|name| name.position()),
         dangling: store.entries(vm).pop().filter(beyond).map(|e| brief_of(&e)),
-        newest: newest.map(|e| SegmentBrief {
-            complete: true,
-            ..brief_of(&e)
-        }),
+        newest: newest.map(|e| brief(store, &e)),
     }
 }
 
@@ -349,6 +379,7 @@ async fn forget(inner: &Arc<Inner>, call: ForgetCall) -> Result<ForgetReport, Fa
             segments += 1;
             bytes += entry.bytes;
         }
+        store.set_policy(&of, None)?;
         Ok::<_, StoreError>((segments, bytes))
     });
     let (segments, bytes) = removed.await.map_err(|e| failure(&e))?;

@@ -1,5 +1,7 @@
 //! The command line of `standby`.
 
+mod store;
+
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,11 +12,14 @@ use clap::{Args, Parser, Subcommand};
 use segment::{SegmentName, VmId};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Agent, AgentConfig, AgentError, view};
+use super::{Agent, AgentConfig, AgentError, Housekeeping, view};
+use crate::protect::DEFAULT_MAX_LINKS;
 use crate::registry::{MAX_PAGE_RECORDS, NodeRecord, Registry, RegistryAddr, RegistryError, Role, VmRecord};
+use crate::store::KeepPolicy;
 use crate::transport::{CallError, Client, TransportError, in_full};
 use crate::wire::{
-    Call, ForgetCall, ListCall, MAX_PAGE_SEGMENTS, NameCall, Nothing, PromoteCall, Reply, SegmentBrief,
+    Call, ForgetCall, KeepCall, ListCall, MAX_PAGE_SEGMENTS, NameCall, Nothing, PromoteCall, Reply,
+    SegmentBrief,
 };
 
 /// How long an agent may take for what reads only.
@@ -43,7 +48,7 @@ pub struct Cli {
 enum Command {
     /// Run the agent of this host.
     Serve(ServeArgs),
-    /// List the segments an agent holds.
+    /// List the segments an agent holds; of one VM: its restore points.
     Ls {
         /// Only those of this VM.
         vm: Option<VmId>,
@@ -51,6 +56,12 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Say which restore points of a VM are kept, or show it.
+    Keep(store::Keep),
+    /// Write a restore point as one full segment, so that a restore reads no chain.
+    Fold(store::Fold),
+    /// Read stored segments again, check every byte, and fetch damaged ones from other holders.
+    Verify(store::Verify),
     /// Show one segment.
     Show {
         /// Its name: VM/GENERATION/EPOCH.
@@ -111,12 +122,40 @@ struct ServeArgs {
     /// The most that segments may take, like 20G [default: what the disk has].
     #[arg(long, value_name = "SIZE")]
     budget: Option<ByteSize>,
+    /// Which restore points are kept, like last=50,hourly=24,daily=7; also weekly, monthly, yearly. `standby keep VM`
+    /// says otherwise for one VM. The newest, labelled ones and those in use are always kept.
+    #[arg(long, value_name = "POLICY", default_value = "all")]
+    keep: KeepPolicy,
+    /// The most links that a restore has to read, the full segment included: longer chains are folded.
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_LINKS + 1, value_parser = clap::value_parser!(u32).range(2..=65536))]
+    max_links: u32,
+    /// How often every stored segment is read again and checked, like 24h; `never`.
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = every)]
+    verify_every: Every,
+    /// The most bytes a second that are read to merge and to verify in the background, like 64M.
+    #[arg(long, value_name = "SIZE", default_value = "64M")]
+    background_rate: ByteSize,
     /// The vmm binary [default: the one beside this binary, or in the PATH].
     #[arg(long, value_name = "PATH")]
     vmm: Option<PathBuf>,
     /// Take this name over from a node that is gone for good.
     #[arg(long)]
     replace: bool,
+}
+
+/// How often something is done, if ever.
+#[derive(Debug, Clone, Copy)]
+struct Every(Option<Duration>);
+
+fn every(text: &str) -> Result<Every, String> {
+    if text == "never" {
+        return Ok(Every(None));
+    }
+    match humantime::parse_duration(text) {
+        Ok(every) if every >= Duration::from_secs(1) => Ok(Every(Some(every))),
+        Ok(_) => Err("it has to be a second at least, or `never`".into()),
+        Err(e) => Err(format!("{e}: write it like 24h or 30min, or `never`")),
+    }
 }
 
 /// Why a command failed.
@@ -136,6 +175,8 @@ enum CliError {
     Agent(#[from] AgentError),
     #[error("the agent answered something else: is it of another version?")]
     Mismatch,
+    #[error("{bad} segments are bad and were not repaired: what to do is above")]
+    Damaged { bad: u64 },
     #[error("{what}")]
     System {
         what: &'static str,
@@ -171,6 +212,9 @@ impl Cli {
         match self.command {
             Command::Serve(args) => serve(args).await,
             Command::Ls { vm, json } => ls(&agent, vm, json).await,
+            Command::Keep(keep) => keep.run(&agent).await,
+            Command::Fold(fold) => fold.run(&agent).await,
+            Command::Verify(verify) => verify.run(&agent).await,
             Command::Show { segment, json } => show(&agent, segment, json).await,
             Command::Promote {
                 vm,
@@ -220,6 +264,12 @@ async fn serve(args: ServeArgs) -> Result<(), CliError> {
         budget: args.budget.map(|b| b.as_u64()),
         vmm: args.vmm,
         replace: args.replace,
+        housekeeping: Housekeeping {
+            keep: args.keep,
+            max_links: args.max_links,
+            verify_every: args.verify_every.0,
+            rate: Some(args.background_rate.as_u64()),
+        },
     };
     let agent = Agent::start(config).await?;
     // For scripts that wait for it, and that let the system choose the port.
@@ -245,8 +295,8 @@ async fn connect(agent: &str) -> Result<Client, CliError> {
         })
 }
 
-async fn ls(agent: &str, vm: Option<VmId>, json: bool) -> Result<(), CliError> {
-    let mut client = connect(agent).await?;
+/// All segments an agent holds, or those of one VM.
+async fn list(client: &mut Client, vm: Option<VmId>) -> Result<Vec<SegmentBrief>, CliError> {
     let mut segments: Vec<SegmentBrief> = Vec::new();
     loop {
         let after = segments.last().map(|s| s.name.clone());
@@ -261,13 +311,33 @@ async fn ls(agent: &str, vm: Option<VmId>, json: bool) -> Result<(), CliError> {
         let end = !page.more || page.segments.is_empty();
         segments.extend(page.segments);
         if end {
-            break;
+            return Ok(segments);
         }
     }
-    match json {
-        true => print_json(&segments.iter().map(view::segment_json).collect::<Vec<_>>())?,
-        false => print(&view::segments(&segments, &client.welcome().node)),
+}
+
+async fn ls(agent: &str, vm: Option<VmId>, json: bool) -> Result<(), CliError> {
+    let mut client = connect(agent).await?;
+    let segments = list(&mut client, vm.clone()).await?;
+    if json {
+        return print_json(&segments.iter().map(view::segment_json).collect::<Vec<_>>());
     }
+    let mut text = view::segments(&segments, &client.welcome().node);
+    if let Some(vm) = vm {
+        let ask = KeepCall {
+            vm,
+            policy: None,
+            only_here: true,
+        };
+        let Reply::Kept(report) = client.call(Call::Keep(ask), READ_DEADLINE).await? else {
+            return Err(CliError::Mismatch);
+        };
+        let Reply::Status(status) = client.call(Call::Status(Nothing {}), READ_DEADLINE).await? else {
+            return Err(CliError::Mismatch);
+        };
+        text = view::points(&text, &report, &status);
+    }
+    print(&text);
     Ok(())
 }
 

@@ -43,7 +43,37 @@ pub(super) async fn gather(
     generation: Generation,
     thorough: bool,
 ) -> Result<Vec<String>, String> {
-    let tip = tip.held();
+    gather_held(inner, from, tip.held(), generation, thorough).await
+}
+
+/// Fetches what was lost here, and what it stands on there, from the other holders of its VM.
+///
+/// # Errors
+/// In words, when none has it.
+pub(super) async fn fetch_again(inner: &Arc<Inner>, lost: Held) -> Result<(), String> {
+    let vm = &lost.name.vm;
+    let record = inner.registry.get_vm(vm).await.map_err(|e| e.to_string())?;
+    let others: Vec<_> = record
+        .holders
+        .into_iter()
+        .filter(|h| *h != inner.address)
+        .collect();
+    if others.is_empty() {
+        return Err("the VM has no other holder".into());
+    }
+    let generation = inner.store.promised(vm).max(record.generation);
+    gather_held(inner, &others, lost, generation, false)
+        .await
+        .map(|_| ())
+}
+
+async fn gather_held(
+    inner: &Arc<Inner>,
+    from: &[String],
+    tip: Held,
+    generation: Generation,
+    thorough: bool,
+) -> Result<Vec<String>, String> {
     let mut gathering = Gathering {
         inner,
         generation,

@@ -14,6 +14,8 @@
 mod calls;
 pub mod cli;
 mod gather;
+mod housekeep;
+mod keep;
 mod promote;
 mod replicate;
 mod sessions;
@@ -39,6 +41,7 @@ use crate::transport::{ByteStream, Link, TransportError, expect_hello, in_full, 
 use crate::wire::{Message, Purpose, Reject, Welcome};
 use sessions::Sessions;
 
+pub use housekeep::Housekeeping;
 pub use spawn::find_vmm;
 
 /// The most connections at once.
@@ -71,6 +74,8 @@ pub struct AgentConfig {
     pub vmm: Option<PathBuf>,
     /// Take the name over from a node that is gone for good.
     pub replace: bool,
+    /// What it keeps, and how it looks after that.
+    pub housekeeping: Housekeeping,
 }
 
 /// Why an agent did not start.
@@ -122,6 +127,7 @@ struct Inner {
     promotes: promote::UnderWay,
     /// Held while stored bytes are checked for another agent.
     verifying: tokio::sync::Mutex<()>,
+    housekeeper: housekeep::Housekeeper,
     connections: AtomicU32,
     stop: watch::Receiver<bool>,
 }
@@ -133,6 +139,7 @@ pub struct Agent {
     stop: watch::Sender<bool>,
     accepting: JoinHandle<()>,
     joining: JoinHandle<()>,
+    keeping: JoinHandle<()>,
 }
 
 impl Agent {
@@ -150,6 +157,7 @@ impl Agent {
             budget,
             vmm,
             replace,
+            housekeeping,
         } = config;
         check_name(&name)?;
         let usable = |source| AgentError::Data {
@@ -184,6 +192,7 @@ impl Agent {
             labels: Default::default(),
             joined_unix_ms: 0,
         };
+        let housekeeper = housekeep::Housekeeper::new(housekeeping, &data).map_err(usable)?;
         let joined = join(&backend, &node, replace).await?;
         let (stop, stopped) = watch::channel(false);
         let inner = Arc::new(Inner {
@@ -198,9 +207,11 @@ impl Agent {
             sessions: Sessions::default(),
             promotes: promote::UnderWay::default(),
             verifying: tokio::sync::Mutex::default(),
+            housekeeper,
             connections: AtomicU32::new(0),
             stop: stopped,
         });
+        let keeping = tokio::spawn(housekeep::run(inner.clone()));
         let joining = tokio::spawn(join_later(joined, backend, node, replace));
         let accepting = tokio::spawn(accept(inner.clone(), listener));
         tracing::info!(node = %inner.name, address = %inner.address, registry = %inner.registry_addr, "agent up");
@@ -209,6 +220,7 @@ impl Agent {
             stop,
             accepting,
             joining,
+            keeping,
         })
     }
 
@@ -234,6 +246,8 @@ impl Agent {
     pub async fn stop(self) {
         let _ = self.stop.send(true);
         self.joining.abort();
+        self.inner.housekeeper.stop();
+        let _ = tokio::time::timeout(SHUTDOWN, self.keeping).await;
         let _ = self.accepting.await;
         // The disks' threads hold the store: they end when their connections did.
         let released = async {

@@ -29,6 +29,11 @@ const THOROUGH_DEADLINE: Duration = Duration::from_secs(300);
 pub(super) struct UnderWay(Arc<Mutex<HashSet<VmId>>>);
 
 impl UnderWay {
+    /// Whether the VM is being promoted here now.
+    pub(super) fn is_under_way(&self, vm: &VmId) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(vm)
+    }
+
     fn begin(&self, vm: &VmId) -> Option<Claim> {
         let mut vms = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         vms.insert(vm.clone()).then(|| Claim {

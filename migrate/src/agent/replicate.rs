@@ -13,10 +13,10 @@ use tokio::io::AsyncWrite;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::Inner;
 use super::sessions::Session;
+use super::{Inner, housekeep};
 use crate::protocol::{BeginResult, CommitResult, PromiseResult, Receiver, ReceiverAction, ReceiverEvent};
-use crate::store::{FsStore, Incoming, StoreError, Stored};
+use crate::store::{FsStore, Incoming, Lease, StoreError, Stored};
 use crate::transport::{ByteStream, DEAD_AFTER, FrameWriter, Link, PING_EVERY, TransportError, in_full};
 use crate::wire::{Held, Message, Offer, RefuseReason, Reject};
 
@@ -57,8 +57,8 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, link: Link<S>) {
     });
     let (jobs, todo) = mpsc::channel(DISK_QUEUE);
     let (done, mut results) = mpsc::unbounded_channel();
-    let store = inner.store.clone();
-    tokio::task::spawn_blocking(move || Disk::new(store).run(todo, &done));
+    let agent = inner.clone();
+    tokio::task::spawn_blocking(move || Disk::new(agent).run(todo, &done));
 
     let mut waiting: VecDeque<Job> = VecDeque::new();
     let (kick, mut kicked) = mpsc::unbounded_channel();
@@ -151,11 +151,12 @@ async fn perform<W: AsyncWrite + Unpin>(
     None
 }
 
-/// A segment on its way in; or why it cannot be taken any more.
-type Arriving = Result<Incoming, (RefuseReason, String)>;
+/// A segment on its way in, with what it stands on kept from being collected; or why it cannot be taken any more.
+type Arriving = Result<(Incoming, Option<Lease>), (RefuseReason, String)>;
 
 /// The disk's side of one connection.
 struct Disk {
+    agent: Arc<Inner>,
     store: Arc<FsStore>,
     generation: Generation,
     /// What is on its way in; none of one whose write failed.
@@ -165,9 +166,10 @@ struct Disk {
 }
 
 impl Disk {
-    fn new(store: Arc<FsStore>) -> Self {
+    fn new(agent: Arc<Inner>) -> Self {
         Self {
-            store,
+            store: agent.store.clone(),
+            agent,
             generation: Generation(0),
             transfers: HashMap::new(),
             complete: None,
@@ -213,7 +215,7 @@ impl Disk {
             }
             Job::Write { transfer, bytes } => {
                 if let Some((_, incoming)) = self.transfers.get_mut(&transfer)
-                    && let Ok(file) = incoming
+                    && let Ok((file, _)) = incoming
                     && let Err(error) = file.write_all(&bytes)
                 {
                     // Dropping it frees its room; the commit tells.
@@ -227,7 +229,8 @@ impl Disk {
             Job::Commit { transfer } => {
                 let (offer, incoming) = self.transfers.remove(&transfer)?;
                 let result = match incoming {
-                    Ok(incoming) => self.commit(&offer, incoming),
+                    // The lease on its parent ends after the commit has looked at the chain.
+                    Ok((incoming, _lease)) => self.commit(&offer, incoming),
                     Err((reason, why)) => CommitResult::Refused { reason, why },
                 };
                 Some(ReceiverEvent::Committed { transfer, result })
@@ -244,24 +247,35 @@ impl Disk {
         if current > self.generation {
             return BeginResult::Fenced { current };
         }
-        if let Some(parent) = &offer.parent
-            && !self.is_complete(parent)
-        {
-            let why = format!(
-                "{} stands on {}, which is not complete here",
-                offer.name, parent.name
-            );
-            return BeginResult::Refused {
-                reason: RefuseReason::MissingParent,
-                why,
-            };
-        }
+        let lease = match &offer.parent {
+            None => None,
+            Some(parent) => match self.store.lease_parent(&parent.name) {
+                // Looked at once it cannot go any more.
+                Ok(lease) if self.is_complete(parent) => Some(lease),
+                Ok(_) | Err(_) => {
+                    let why = format!(
+                        "{} stands on {}, which is not complete here",
+                        offer.name, parent.name
+                    );
+                    return BeginResult::Refused {
+                        reason: RefuseReason::MissingParent,
+                        why,
+                    };
+                }
+            },
+        };
         if let Some(stored) = self.store.stored(&offer.name) {
             return self.held_already(&offer, stored);
         }
-        match self.store.begin_under(&offer.name, offer.bytes, self.generation) {
+        let begin = || self.store.begin_under(&offer.name, offer.bytes, self.generation);
+        let begun = begin().or_else(|error| match error {
+            // Kept until room is short: now it is.
+            e if e.is_full() && housekeep::make_room(&self.agent) > 0 => begin(),
+            e => Err(e),
+        });
+        match begun {
             Ok(incoming) => {
-                self.transfers.insert(transfer, (offer, Ok(incoming)));
+                self.transfers.insert(transfer, (offer, Ok((incoming, lease))));
                 BeginResult::Ready
             }
             Err(StoreError::AlreadyHeld { stored }) => self.held_already(&offer, *stored),

@@ -9,7 +9,10 @@ use segment::VmId;
 use serde_json::{Map, Value, json};
 
 use crate::registry::{NodeRecord, VmRecord};
-use crate::wire::{AgentStatus, ForgetReport, PromoteReport, SegmentBrief, SegmentDetail};
+use crate::wire::{
+    AgentStatus, FoldReport, ForgetReport, KeepReport, PromoteReport, SegmentBrief, SegmentDetail,
+    VerifyReport,
+};
 
 fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
@@ -52,9 +55,12 @@ pub(super) fn segments(segments: &[SegmentBrief], node: &str) -> String {
     if segments.is_empty() {
         return format!("{node} holds no segments");
     }
-    let mut t = table(&["SEGMENT", "KIND", "SIZE", "AGE", "COMPLETE", "LABEL"]);
+    let mut t = table(&["SEGMENT", "KIND", "SIZE", "AGE", "LINKS", "LABEL"]);
     for s in segments {
-        let complete = if s.complete { "yes" } else { "no" };
+        let links = match s.links {
+            0 => "incomplete".to_owned(),
+            links => links.to_string(),
+        };
         let age = age(Duration::from_nanos(s.created_unix_ns));
         let label = s.label.clone().unwrap_or_default();
         t.add_row([
@@ -62,7 +68,7 @@ pub(super) fn segments(segments: &[SegmentBrief], node: &str) -> String {
             kind(s).into(),
             size(s.bytes),
             age,
-            complete.into(),
+            links,
             label,
         ]);
     }
@@ -73,6 +79,73 @@ pub(super) fn segments(segments: &[SegmentBrief], node: &str) -> String {
         segments.len(),
         size(total)
     )
+}
+
+/// Below the list of one VM's segments: what is kept of them, and what is wrong.
+pub(super) fn points(list: &str, report: &KeepReport, status: &AgentStatus) -> String {
+    let of = if report.is_default {
+        "the agent's policy"
+    } else {
+        "its policy"
+    };
+    let mut out = format!(
+        "{list}\n{} restore points; {of} {} keeps {}",
+        report.points, report.policy, report.kept
+    );
+    for damaged in &status.damaged {
+        let _ = write!(out, "\ndamaged, set aside: {damaged}");
+    }
+    if let Some(problem) = &status.store_problem {
+        let _ = write!(out, "\n{problem}");
+    }
+    out
+}
+
+pub(super) fn kept(vm: &VmId, report: &KeepReport) -> String {
+    let of = if report.is_default {
+        " (the agent's default)"
+    } else {
+        ""
+    };
+    let mut out = format!(
+        "{vm}: {}{of}, which keeps {} of the {} restore points here",
+        report.policy, report.kept, report.points
+    );
+    for note in &report.notes {
+        let _ = write!(out, "\n  {note}");
+    }
+    out
+}
+
+pub(super) fn folded(report: &FoldReport) -> String {
+    format!(
+        "{} is one full segment of {}; it was a chain of {} links and {}",
+        report.segment.name,
+        size(report.segment.bytes),
+        report.links,
+        size(report.bytes)
+    )
+}
+
+pub(super) fn verified(report: &VerifyReport) -> String {
+    let mut out = format!(
+        "{} segments, {}, were read and checked: {} bad, {} of them repaired",
+        report.checked,
+        size(report.bytes),
+        report.bad,
+        report.repaired
+    );
+    if report.incomplete > 0 {
+        let _ = write!(
+            out,
+            "\n{} segments cannot be restored: something they stand on is not here",
+            report.incomplete
+        );
+    }
+    for problem in &report.problems {
+        let _ = write!(out, "\n  {problem}");
+    }
+    out
 }
 
 pub(super) fn segment_json(segment: &SegmentBrief) -> Value {
@@ -224,8 +297,20 @@ pub(super) fn status(agent: &AgentStatus, nodes: &[NodeRecord], vms: &[VmRecord]
         agent.roles.join(","),
         agent.registry
     );
+    if let Some(keep) = &agent.keep {
+        let checked = agent.verified_unix_s.map_or_else(String::new, |at| {
+            format!(
+                "; every segment was last verified {} ago",
+                age(Duration::from_secs(at))
+            )
+        });
+        let _ = writeln!(out, "  keeps {keep}{checked}");
+    }
     for damaged in &agent.damaged {
         let _ = writeln!(out, "  damaged, set aside: {damaged}");
+    }
+    if let Some(problem) = &agent.store_problem {
+        let _ = writeln!(out, "  the store could not be collected: {problem}");
     }
     if !agent.vms.is_empty() {
         let mut t = table(&[

@@ -19,7 +19,7 @@ use std::path::PathBuf;
 
 use segment::{Epoch, Generation, SegmentName, VmId};
 
-use super::{FsStore, MAX_CHAIN_LINKS, StoreError, lock};
+use super::{DamagedFile, Entry, FsStore, MAX_CHAIN_LINKS, StoreError, lock};
 use crate::crashsafe::DiskError;
 
 const MAGIC: [u8; 8] = *b"UNDSACK1";
@@ -134,6 +134,20 @@ impl FsStore {
     /// # Errors
     /// [`StoreError::NotHeld`], and what the disk says.
     pub fn set_aside(&self, name: &SegmentName) -> Result<PathBuf, StoreError> {
+        let moved = self.set_aside_if(name, |_| true, "set aside: another holder's copy takes its place")?;
+        moved.ok_or_else(|| StoreError::NotHeld {
+            name: name.clone(),
+            dir: self.dir.clone(),
+        })
+    }
+
+    /// The same, when it is still the one that is meant; none when it is gone, or another.
+    pub(super) fn set_aside_if(
+        &self,
+        name: &SegmentName,
+        is_meant: impl FnOnce(&Entry) -> bool,
+        why: &str,
+    ) -> Result<Option<PathBuf>, StoreError> {
         self.check_writable()?;
         let newest = self
             .entries(&name.vm)
@@ -141,17 +155,23 @@ impl FsStore {
             .map_or_else(|| name.clone(), |e| e.name);
         // Before it is gone, so that no instant is without its memory.
         self.note_acked(&newest)?;
+        // Not while the collector drops: it may have planned by this one being the newest.
+        let _one = lock(&self.housekeeping);
         let gate = self.gate(&name.vm);
         let _open = lock(&gate);
-        if self.index().get(name).is_none() {
-            return Err(StoreError::NotHeld {
-                name: name.clone(),
-                dir: self.dir.clone(),
-            });
+        if !self.get(name).is_some_and(|entry| is_meant(&entry)) {
+            return Ok(None);
         }
-        let moved_to = self.quarantine(name, &self.segment_path(name))?;
+        let path = self.segment_path(name);
+        let moved_to = self.move_to_damaged(name, &path)?;
         self.index().remove(name);
-        Ok(moved_to)
+        lock(&self.damaged).push(DamagedFile {
+            name: name.clone(),
+            path,
+            moved_to: Some(moved_to.clone()),
+            why: why.to_owned(),
+        });
+        Ok(Some(moved_to))
     }
 
     /// Checks every byte of the newest whole chain of `vm`, at most `max_bytes` of it, and sets aside what is damaged,
@@ -194,12 +214,12 @@ impl FsStore {
             Err(StoreError::NotHeld { .. }) => Ok(None),
             Err(error @ StoreError::Damaged { .. }) => {
                 let why = super::scan::explain(&error);
-                match self.set_aside(name) {
-                    Ok(path) => {
+                match self.set_aside_if(name, |_| true, &why) {
+                    Ok(Some(path)) => {
                         tracing::error!(segment = %name, moved_to = %path.display(), %why, "a stored segment is damaged: set aside");
                         Ok(Some(why))
                     }
-                    Err(StoreError::NotHeld { .. }) => Ok(None),
+                    Ok(None) => Ok(None),
                     Err(error) => Err(error),
                 }
             }

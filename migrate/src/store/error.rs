@@ -37,8 +37,8 @@ pub enum StoreError {
     },
     /// The budget does not have room.
     #[error(
-        "the store {} is full: {need} bytes are needed and {used} of {budget} are used; raise its bound, or remove \
-         what is no longer needed",
+        "the store {} is full: {need} bytes are needed and {used} of {budget} are used; raise its bound, keep less \
+         (`standby keep`), or remove what is no longer needed",
         dir.display()
     )]
     Full {
@@ -146,6 +146,15 @@ pub enum StoreError {
         path: PathBuf,
         /// What is wrong with it.
         why: &'static str,
+    },
+    /// What a segment stands on is not all here.
+    #[error("the chain of {tip} is not whole here")]
+    Chain {
+        /// The segment.
+        tip: SegmentName,
+        /// What is missing.
+        #[source]
+        source: Box<ChainError>,
     },
     /// A merge of nothing.
     #[error("no segments were named to be merged")]

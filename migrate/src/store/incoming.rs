@@ -1,15 +1,20 @@
 //! A segment on its way into a store.
 
 use std::fmt;
+use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::sync::Arc;
 
 use rustix::fs::statvfs;
-use segment::{Generation, ReadAt, SegmentName, SegmentReader, Summary};
+use segment::{Generation, SegmentName, SegmentReader, Summary};
 
+use super::pace::{Pace, Paced};
 use super::{Entry, FsStore, MAX_SEGMENT_BYTES, StoreError, Stored, check_promise, flat, lock};
 use crate::crashsafe::{DiskError, Temp, is_full};
 
+/// What segments leave free on the disk: a promise has to find room on a disk that is full for segments, or nobody could
+/// take over.
+const KEPT_FREE_BYTES: u64 = 8 << 20;
 /// By how much a growing reservation grows.
 const GROW_BYTES: u64 = 1 << 20;
 
@@ -120,11 +125,16 @@ impl Incoming {
         self.publish(entry)
     }
 
-    fn open(&self) -> Result<SegmentReader<impl ReadAt + '_>, StoreError> {
-        let reader = SegmentReader::open(self.temp.file()).map_err(|source| StoreError::Damaged {
-            name: self.name.clone(),
-            source,
-        })?;
+    fn open(&self) -> Result<SegmentReader<Paced<&File>>, StoreError> {
+        self.open_at(&Pace::unlimited())
+    }
+
+    fn open_at(&self, pace: &Pace) -> Result<SegmentReader<Paced<&File>>, StoreError> {
+        let reader =
+            SegmentReader::open(pace.of(self.temp.file())).map_err(|source| StoreError::Damaged {
+                name: self.name.clone(),
+                source,
+            })?;
         let found = &reader.manifest().name;
         if *found != self.name {
             return Err(StoreError::OtherName {
@@ -177,7 +187,7 @@ impl Incoming {
             name: self.name.clone(),
             source,
         };
-        let file = std::fs::File::open(&path).map_err(|source| {
+        let file = File::open(&path).map_err(|source| {
             to_error(DiskError {
                 what: "open",
                 path: path.clone(),
@@ -206,6 +216,8 @@ impl Incoming {
         index.release(std::mem::take(&mut self.reserved));
         index.insert(entry.clone());
         drop(index);
+        // What was damaged is here again, sound.
+        lock(&self.store.damaged).retain(|damaged| damaged.name != entry.name);
         Stored { entry }
     }
 
@@ -242,8 +254,14 @@ impl Incoming {
         &mut self.temp
     }
 
-    pub(super) fn reader(&self) -> Result<SegmentReader<impl ReadAt + '_>, StoreError> {
-        self.open()
+    /// The file under it.
+    pub(super) fn file(&self) -> &File {
+        self.temp.file()
+    }
+
+    /// What was written, to be read at a pace.
+    pub(super) fn reader_at(&self, pace: &Pace) -> Result<SegmentReader<Paced<&File>>, StoreError> {
+        self.open_at(pace)
     }
 }
 
@@ -321,7 +339,7 @@ pub(super) fn check_free(store: &FsStore, bytes: u64) -> Result<(), StoreError> 
         return Ok(());
     };
     let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-    if bytes > free {
+    if bytes.saturating_add(KEPT_FREE_BYTES) > free {
         return Err(StoreError::DiskFull {
             dir: store.dir.clone(),
             free: Some(free),

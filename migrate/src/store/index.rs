@@ -1,6 +1,6 @@
 //! What a store holds, in memory: pure, no file is touched here.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use segment::{CheckpointId, Epoch, Generation, Kind, SegmentName, VmId};
@@ -20,6 +20,14 @@ pub(super) struct Index {
     acked: HashMap<VmId, (SegmentName, bool)>,
     /// Folders whose own names are durable.
     folders: HashSet<PathBuf>,
+    /// How many entries name each as their parent.
+    children: HashMap<SegmentName, u32>,
+    /// How many leases are on each.
+    pins: HashMap<SegmentName, u32>,
+    /// VMs of which nothing may be dropped: whether a merge is durable is not known.
+    keep_all: HashSet<VmId>,
+    /// How often the entries of each VM changed.
+    revisions: HashMap<VmId, u64>,
 }
 
 impl Index {
@@ -30,12 +38,35 @@ impl Index {
     /// Puts an entry in; what had its name is replaced.
     pub(super) fn insert(&mut self, entry: Entry) {
         self.used = self.used.saturating_add(entry.bytes);
+        self.changed(&entry.name.vm);
+        if let Some((parent, _)) = entry.parent() {
+            *self.children.entry(parent.clone()).or_default() += 1;
+        }
         let old = self
             .vms
             .entry(entry.name.vm.clone())
             .or_default()
             .insert(entry.name.position(), entry);
-        self.used = self.used.saturating_sub(old.map_or(0, |old| old.bytes));
+        if let Some(old) = old {
+            self.left(&old);
+        }
+    }
+
+    fn changed(&mut self, vm: &VmId) {
+        *self.revisions.entry(vm.clone()).or_default() += 1;
+    }
+
+    pub(super) fn revision(&self, vm: &VmId) -> u64 {
+        self.revisions.get(vm).copied().unwrap_or(0)
+    }
+
+    /// Undoes the counting of an entry that is gone.
+    fn left(&mut self, old: &Entry) {
+        self.used = self.used.saturating_sub(old.bytes);
+        self.changed(&old.name.vm);
+        if let Some((parent, _)) = old.parent() {
+            fewer(&mut self.children, parent);
+        }
     }
 
     pub(super) fn remove(&mut self, name: &SegmentName) -> Option<Entry> {
@@ -44,8 +75,40 @@ impl Index {
         if segments.is_empty() {
             self.vms.remove(&name.vm);
         }
-        self.used = self.used.saturating_sub(old.bytes);
+        self.left(&old);
         Some(old)
+    }
+
+    /// Takes an entry out, unless something stands on it or it is leased.
+    pub(super) fn remove_unneeded(&mut self, name: &SegmentName) -> Option<Entry> {
+        if self.children.contains_key(name) || self.pins.contains_key(name) {
+            return None;
+        }
+        self.remove(name)
+    }
+
+    pub(super) fn pin(&mut self, names: &[SegmentName]) {
+        for name in names {
+            *self.pins.entry(name.clone()).or_default() += 1;
+        }
+    }
+
+    pub(super) fn unpin(&mut self, names: &[SegmentName]) {
+        names.iter().for_each(|name| fewer(&mut self.pins, name));
+    }
+
+    /// What of `vm` is leased.
+    pub(super) fn pinned(&self, vm: &VmId) -> BTreeSet<SegmentName> {
+        let of_vm = self.pins.keys().filter(|name| name.vm == *vm);
+        of_vm.cloned().collect()
+    }
+
+    pub(super) fn keep_all(&mut self, vm: VmId) {
+        self.keep_all.insert(vm);
+    }
+
+    pub(super) fn keeps_all(&self, vm: &VmId) -> bool {
+        self.keep_all.contains(vm)
     }
 
     /// Counts a file that takes room and is no entry.
@@ -180,6 +243,16 @@ impl Index {
                     parent_checkpoint,
                 } => (link, wanted) = (parent, Some(*parent_checkpoint)),
             }
+        }
+    }
+}
+
+/// Counts one down; what comes to nothing is taken out.
+fn fewer(counts: &mut HashMap<SegmentName, u32>, name: &SegmentName) {
+    if let Some(count) = counts.get_mut(name) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(name);
         }
     }
 }

@@ -7,12 +7,53 @@
 //! ```
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::sync::Arc;
 
-use segment::SegmentName;
+use segment::{ReadAt, SegmentName, SegmentReader};
 
 use super::incoming::{Incoming, Quota, check_free};
+use super::pace::{Pace, Paced};
 use super::{Entry, FsStore, StoreError, lock};
+
+/// The most segments that are merged at once: each is an open file and a frame in memory.
+const MAX_PARTS: usize = 128;
+
+/// What becomes of the run's segments but the newest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Others {
+    /// They go, unless something else stands on them.
+    Removed,
+    /// They stay: they are points of their own, or the collector's to drop.
+    Kept,
+}
+
+/// One input of a merge.
+enum Part {
+    Stored(SegmentName, Paced<File>),
+    /// Several, merged already, and not published.
+    Merged(Box<Incoming>),
+}
+
+impl Part {
+    fn name(&self) -> &SegmentName {
+        match self {
+            Self::Stored(name, _) => name,
+            Self::Merged(incoming) => incoming.name(),
+        }
+    }
+
+    fn open<'a>(&'a self, pace: &Pace) -> Result<SegmentReader<Box<dyn ReadAt + 'a>>, StoreError> {
+        let source: Box<dyn ReadAt + 'a> = match self {
+            Self::Stored(_, file) => Box::new(file),
+            Self::Merged(incoming) => Box::new(pace.of(incoming.file())),
+        };
+        SegmentReader::open(source).map_err(|source| StoreError::Damaged {
+            name: self.name().clone(),
+            source,
+        })
+    }
+}
 
 impl FsStore {
     /// Merges links that follow each other into one segment, which has the name and identity of the newest; the others
@@ -41,29 +82,57 @@ impl FsStore {
         level: i32,
         publish: impl FnOnce() -> Option<G>,
     ) -> Result<Option<Entry>, StoreError> {
+        self.rewrite(names, level, &Pace::unlimited(), publish, Others::Removed)
+    }
+
+    /// Writes the chain of `tip` as one full segment in its place. What it stood on stays, for whatever else stands on
+    /// it: the [collector](Self::collect) removes what nothing needs.
+    ///
+    /// # Errors
+    /// [`StoreError::Chain`] when it is not whole; else as [`Self::merge_into_newest`].
+    pub fn fold(self: &Arc<Self>, tip: &SegmentName, level: i32, pace: &Pace) -> Result<Entry, StoreError> {
+        let chain = self.chain(tip).map_err(|source| StoreError::Chain {
+            tip: tip.clone(),
+            source: Box::new(source),
+        })?;
+        let names: Vec<_> = chain.into_iter().map(|entry| entry.name).collect();
+        let folded = self.rewrite(&names, level, pace, || Some(()), Others::Kept)?;
+        folded.ok_or(StoreError::NothingToMerge)
+    }
+
+    /// Writes a run as one segment in the place of its newest.
+    pub(super) fn rewrite<G>(
+        self: &Arc<Self>,
+        names: &[SegmentName],
+        level: i32,
+        pace: &Pace,
+        publish: impl FnOnce() -> Option<G>,
+        others: Others,
+    ) -> Result<Option<Entry>, StoreError> {
         self.check_writable()?;
         let run = self.run(names)?;
-        let (Some(first), Some(last)) = (run.first(), run.last()) else {
+        let Some(last) = run.last() else {
             return Err(StoreError::NothingToMerge);
         };
         if run.len() == 1 {
             return Ok(Some(last.clone()));
         }
         check_free(self, run.iter().map(|entry| entry.bytes).sum())?;
-        let readers = run
+        let parts = run
             .iter()
-            .map(|entry| self.open_segment(&entry.name))
+            .map(|entry| self.part(&entry.name, pace))
             .collect::<Result<Vec<_>, _>>()?;
-        let mut incoming = Incoming::new(self, &last.name, 0, Quota::Exempt, last.name.generation)?;
-        let merged = segment::merge(&readers, &mut incoming, level).map(|(_, summary)| summary);
-        if let Err(source) = merged {
-            return Err(incoming.take_failure().unwrap_or_else(|| StoreError::Merge {
-                first: first.name.clone(),
-                last: last.name.clone(),
-                source: Box::new(source),
-            }));
-        }
-        let entry = Entry::of(&incoming.reader()?);
+        let mut incoming = self.merge_parts(parts, last, level, pace)?;
+        let entry = {
+            // What takes the place of a state is read back whole first: there is no other copy of it here afterwards.
+            let reader = incoming.reader_at(pace)?;
+            let damaged = |source| StoreError::Damaged {
+                name: last.name.clone(),
+                source,
+            };
+            reader.verify().map_err(damaged)?;
+            Entry::of(&reader)
+        };
         let to_error = |e| self.disk_error(e);
         incoming.temp().sync().map_err(to_error)?;
 
@@ -79,13 +148,73 @@ impl FsStore {
             index.insert(entry.clone());
         }
         // The point of no return: the newest now holds the run, so nothing below is a failure of the merge. But
-        // without a durable name the old ones must stay.
+        // without a durable name the old ones must stay, until the store is opened again.
         if let Err(error) = self.disk.sync_parent(&path) {
             tracing::warn!(%error, segment = %last.name, "merged, and the old segments are kept");
+            self.index().keep_all(last.name.vm.clone());
             return Ok(Some(entry));
         }
-        self.remove_merged(&run);
+        match others {
+            Others::Removed => self.remove_merged(&run),
+            Others::Kept => {}
+        }
         Ok(Some(entry))
+    }
+
+    fn part(&self, name: &SegmentName, pace: &Pace) -> Result<Part, StoreError> {
+        let (file, _) = self.open_raw(name)?;
+        Ok(Part::Stored(name.clone(), pace.of(file)))
+    }
+
+    /// Merges the parts into one that is not published. Many are merged in groups first, so that few files are open
+    /// and little memory is taken at a time.
+    fn merge_parts(
+        self: &Arc<Self>,
+        mut parts: Vec<Part>,
+        last: &Entry,
+        level: i32,
+        pace: &Pace,
+    ) -> Result<Incoming, StoreError> {
+        while parts.len() > MAX_PARTS {
+            let mut merged = Vec::with_capacity(parts.len().div_ceil(MAX_PARTS));
+            let mut rest = parts.into_iter().peekable();
+            while rest.peek().is_some() {
+                let group: Vec<Part> = rest.by_ref().take(MAX_PARTS).collect();
+                merged.push(match <[Part; 1]>::try_from(group) {
+                    Ok([alone]) => alone,
+                    Err(group) => Part::Merged(Box::new(self.merge_group(&group, level, pace)?)),
+                });
+            }
+            parts = merged;
+        }
+        let incoming = self.merge_group(&parts, level, pace)?;
+        debug_assert_eq!(incoming.name(), &last.name);
+        Ok(incoming)
+    }
+
+    fn merge_group(
+        self: &Arc<Self>,
+        group: &[Part],
+        level: i32,
+        pace: &Pace,
+    ) -> Result<Incoming, StoreError> {
+        let (Some(first), Some(last)) = (group.first(), group.last()) else {
+            return Err(StoreError::NothingToMerge);
+        };
+        let (first, last) = (first.name().clone(), last.name().clone());
+        let readers = group
+            .iter()
+            .map(|part| part.open(pace))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut incoming = Incoming::new(self, &last, 0, Quota::Exempt, last.generation)?;
+        match segment::merge(&readers, &mut incoming, level) {
+            Ok(_) => Ok(incoming),
+            Err(source) => Err(incoming.take_failure().unwrap_or_else(|| StoreError::Merge {
+                first,
+                last,
+                source: Box::new(source),
+            })),
+        }
     }
 
     /// The entries of `names`, oldest first, checked to be links that follow each other.

@@ -6,7 +6,9 @@
 //! DIR/segments/<vm>/<generation>/<epoch>.seg   whole and verified
 //! DIR/promises/<vm>                            the highest generation promised
 //! DIR/acked/<vm>                               the newest checkpoint ever acknowledged
+//! DIR/policies/<vm>                            what a user wants kept of it
 //! DIR/damaged/                                 what was found unusable, for a person to look at
+//! DIR/readers                                  flock: shared by processes that read, see [`lease`]
 //!
 //! begin() -> Incoming --write--> commit(): verify, sync, { promise still allows it? rename, sync folder } -> Stored
 //! ```
@@ -19,7 +21,8 @@
 //! - Stored and reserved bytes stay within the budget. A merge may go beyond it for as long as it runs: it is what
 //!   brings the bytes down.
 //!
-//! What it never does: it does not choose what to drop, it opens no socket, and it never waits for another process.
+//! What it never does: it drops nothing that a [policy](KeepPolicy) keeps or a lease needs, it opens no socket, and it
+//! never waits for another process.
 //!
 //! Two locks, each with its reason. The *index* is one mutex: every operation on it takes microseconds, every thread
 //! of the agent needs the same view, and no file is written under it. A *gate* per VM is held while a name or a
@@ -27,14 +30,25 @@
 //! Order: gate, then index. Neither is held while bytes are copied.
 
 mod acked;
+mod at;
+mod collect;
+mod collector;
 mod error;
+mod health;
 mod incoming;
 mod index;
+mod keep;
+mod lease;
+mod lineage;
 mod merge;
 mod open;
+mod pace;
+mod policies;
 mod promise;
 mod scan;
 
+#[cfg(test)]
+mod collect_tests;
 #[cfg(test)]
 mod crash_tests;
 #[cfg(test)]
@@ -52,8 +66,16 @@ use segment::{
     CheckpointId, Digest, Epoch, Generation, Kind, ReadAt, SegmentName, SegmentReader, Summary, VmId, limits,
 };
 
+pub use at::{Moment, MomentError};
+pub use collect::{CollectAction, CollectRules, plan_collect};
+pub use collector::{CollectOptions, Collected};
 pub use error::{ChainError, StoreError};
+pub use health::{Health, SegmentCheck};
 pub use incoming::Incoming;
+pub use keep::{KeepPolicy, Point, PolicyError};
+pub use lease::{Lease, Reading};
+pub use lineage::Lineage;
+pub use pace::{Hurry, Pace, Paced};
 
 use crate::crashsafe::{Disk, DiskError};
 use incoming::Quota;
@@ -142,7 +164,7 @@ impl Stored {
     }
 }
 
-/// A file that could not be used when the store was opened.
+/// A file that could not be used: found when the store was opened, or later by a check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DamagedFile {
     /// The segment it should have been.
@@ -163,9 +185,16 @@ pub struct FsStore {
     disk: Disk,
     /// The locked file, when this process may write.
     lock: Option<File>,
-    damaged: Vec<DamagedFile>,
+    /// Locked together with the other readers, when this process only reads.
+    readers: Option<Arc<File>>,
+    /// Files that were set aside. A mutex of its own: nothing else is decided by them.
+    damaged: Mutex<Vec<DamagedFile>>,
     index: Mutex<Index>,
     gates: Mutex<HashMap<VmId, Arc<Mutex<()>>>>,
+    /// One collection or quarantine at a time: each decides by what the other changes. Taken before the gates.
+    housekeeping: Mutex<()>,
+    /// What users want kept of which VM. A mutex of its own: it is written by commands, not by the flow of segments.
+    policies: Mutex<HashMap<VmId, KeepPolicy>>,
 }
 
 impl FsStore {
@@ -187,10 +216,10 @@ impl FsStore {
         self.budget
     }
 
-    /// What could not be used when the store was opened.
+    /// What could not be used, and was set aside; what was repaired since is not among it.
     #[must_use]
-    pub fn damaged(&self) -> &[DamagedFile] {
-        &self.damaged
+    pub fn damaged(&self) -> Vec<DamagedFile> {
+        lock(&self.damaged).clone()
     }
 
     /// Opens a temporary file for a segment of exactly `bytes` bytes, and sets that much of the budget aside.

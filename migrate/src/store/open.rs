@@ -10,14 +10,21 @@ use segment::{SegmentName, VmId};
 
 use super::index::Index;
 use super::scan::{self, Content};
-use super::{DamagedFile, Durability, FsStore, StoreError, acked, flat, promise};
+use super::{DamagedFile, Durability, FsStore, StoreError, acked, flat, lease, lock, promise};
 use crate::crashsafe::{Disk, DiskError};
 
 /// How often an incoming name in `damaged/` is tried with another number.
 const MAX_DAMAGED_NAMES: u32 = 1000;
 
 /// The folders of a store.
-const FOLDERS: [&str; 5] = ["tmp", "segments", "promises", acked::FOLDER, "damaged"];
+const FOLDERS: [&str; 6] = [
+    "tmp",
+    "segments",
+    "promises",
+    acked::FOLDER,
+    "policies",
+    "damaged",
+];
 
 impl FsStore {
     /// Opens the store in `dir` for this process alone, and makes it when there is none. What was left half-way by a
@@ -54,9 +61,12 @@ impl FsStore {
             budget,
             disk,
             lock: Some(lock),
-            damaged: Vec::new(),
+            readers: Some(Arc::new(lease::for_writer(dir)?)),
+            damaged: Mutex::default(),
             index: Mutex::default(),
             gates: Mutex::default(),
+            housekeeping: Mutex::default(),
+            policies: Mutex::default(),
         };
         let folders = store.read_segments()?;
         // A crash may have come between a rename and the sync of its folder. What is seen now will be acknowledged
@@ -67,8 +77,9 @@ impl FsStore {
         }
         durable.sync_dir(&dir.join("promises")).map_err(to_error)?;
         store.read_promises()?;
-        let aside = store.damaged.iter().filter(|file| file.moved_to.is_some());
-        store.read_marks(&aside.map(|file| file.name.clone()).collect::<Vec<_>>())?;
+        let aside = store.damaged().into_iter().filter(|file| file.moved_to.is_some());
+        store.read_marks(&aside.map(|file| file.name).collect::<Vec<_>>())?;
+        store.read_policies()?;
         Ok(Arc::new(store))
     }
 
@@ -86,9 +97,13 @@ impl FsStore {
             budget: None,
             disk: Disk::unsynced(),
             lock: None,
-            damaged: Vec::new(),
+            // Before anything is looked at: from here on nothing of it goes.
+            readers: lease::for_reader(dir).map(Arc::new),
+            damaged: Mutex::default(),
             index: Mutex::default(),
             gates: Mutex::default(),
+            housekeeping: Mutex::default(),
+            policies: Mutex::default(),
         };
         store.read_segments()?;
         store.read_promises()?;
@@ -110,10 +125,10 @@ impl FsStore {
                     (None, why)
                 }
                 Content::Damaged(why) if self.lock.is_none() => (None, why),
-                Content::Damaged(why) => (Some(self.quarantine(&file.name, &file.path)?), why),
+                Content::Damaged(why) => (Some(self.move_to_damaged(&file.name, &file.path)?), why),
             };
             tracing::warn!(segment = %file.name, path = %file.path.display(), moved_to = ?moved_to, %why, "unusable segment");
-            self.damaged.push(DamagedFile {
+            lock(&self.damaged).push(DamagedFile {
                 name: file.name,
                 path: file.path,
                 moved_to,
@@ -160,7 +175,7 @@ impl FsStore {
     }
 
     /// Moves a file out of the way; returns where to.
-    pub(super) fn quarantine(&self, name: &SegmentName, path: &Path) -> Result<PathBuf, StoreError> {
+    pub(super) fn move_to_damaged(&self, name: &SegmentName, path: &Path) -> Result<PathBuf, StoreError> {
         let stem = flat(name);
         for n in 0..MAX_DAMAGED_NAMES {
             let to = self.dir.join("damaged").join(format!("{stem}.{n}"));

@@ -40,6 +40,15 @@ pub enum Call {
     /// From another agent: say what is here, after a look for damage. Nothing is promised.
     #[n(8)]
     Holding(#[n(0)] HoldingCall),
+    /// Say or set what is kept of a VM.
+    #[n(9)]
+    Keep(#[n(0)] KeepCall),
+    /// Write a chain as one full segment.
+    #[n(10)]
+    Fold(#[n(0)] FoldCall),
+    /// Read stored segments again, and check every byte.
+    #[n(11)]
+    Verify(#[n(0)] VerifyCall),
 }
 
 /// An answer.
@@ -78,6 +87,15 @@ pub enum Reply {
     /// The holder has promised a higher generation.
     #[n(10)]
     Fenced(#[n(0)] super::Fenced),
+    /// What is kept of the VM.
+    #[n(11)]
+    Kept(#[n(0)] KeepReport),
+    /// The chain is one segment.
+    #[n(12)]
+    Folded(#[n(0)] FoldReport),
+    /// What the check found.
+    #[n(13)]
+    Verified(#[n(0)] VerifyReport),
 }
 
 /// Nothing to say beyond the question itself.
@@ -204,6 +222,105 @@ pub struct SealReport {
     /// The newest checkpoint that is there without all links of its chain, when it is newer than `newest`.
     #[n(3)]
     pub dangling: Option<SegmentBrief>,
+}
+
+/// What is to be kept of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct KeepCall {
+    /// The VM.
+    #[cbor(n(0), with = "crate::wire::value")]
+    pub vm: VmId,
+    /// The policy, like `last=50,hourly=24`; `default` for the agent's own; absent to ask only.
+    #[n(1)]
+    pub policy: Option<String>,
+    /// Only here: its other holders are left to who asks.
+    #[n(2)]
+    pub only_here: bool,
+}
+
+/// What is kept of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct KeepReport {
+    /// The policy that holds here.
+    #[n(0)]
+    pub policy: String,
+    /// Whether it is the agent's default.
+    #[n(1)]
+    pub is_default: bool,
+    /// How many restore points there are here.
+    #[n(2)]
+    pub points: u64,
+    /// How many of them the policy keeps.
+    #[n(3)]
+    pub kept: u64,
+    /// What could not be reached, in words.
+    #[n(4)]
+    pub notes: Vec<String>,
+}
+
+/// Which chain to fold.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct FoldCall {
+    /// The VM.
+    #[cbor(n(0), with = "crate::wire::value")]
+    pub vm: VmId,
+    /// The newest link; absent for the newest complete checkpoint.
+    #[cbor(n(1), with = "crate::wire::value", has_nil)]
+    pub tip: Option<SegmentName>,
+}
+
+/// A chain that is one segment now.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct FoldReport {
+    /// The full segment.
+    #[n(0)]
+    pub segment: SegmentBrief,
+    /// How many links it had.
+    #[n(1)]
+    pub links: u64,
+    /// How many bytes they take.
+    #[n(2)]
+    pub bytes: u64,
+}
+
+/// What to check.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct VerifyCall {
+    /// Only this VM's segments.
+    #[cbor(n(0), with = "crate::wire::value", has_nil)]
+    pub vm: Option<VmId>,
+    /// Only so many, chosen at random.
+    #[n(1)]
+    pub sample: Option<u32>,
+}
+
+/// What a check found.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct VerifyReport {
+    /// How many segments were read whole.
+    #[n(0)]
+    pub checked: u64,
+    /// How many bytes that was.
+    #[n(1)]
+    pub bytes: u64,
+    /// What is wrong, in words; at most 1000.
+    #[n(2)]
+    pub problems: Vec<String>,
+    /// How many segments were damaged, cannot be read, or could not be checked.
+    #[n(3)]
+    pub bad: u64,
+    /// How many of them were fetched again from another holder.
+    #[n(4)]
+    pub repaired: u64,
+    /// Restore points whose chain is not whole here.
+    #[n(5)]
+    pub incomplete: u64,
 }
 
 /// A stored segment in short.
@@ -347,6 +464,15 @@ pub struct AgentStatus {
     /// Why the registry does not answer; absent when it does.
     #[n(10)]
     pub registry_problem: Option<String>,
+    /// What is kept of VMs for which nothing else was said.
+    #[n(11)]
+    pub keep: Option<String>,
+    /// What went wrong when the store was last collected; absent when nothing did.
+    #[n(12)]
+    pub store_problem: Option<String>,
+    /// When every segment was last read and checked in the background, in seconds of Unix time.
+    #[n(13)]
+    pub verified_unix_s: Option<u64>,
 }
 
 /// What an agent knows of one VM.

@@ -362,6 +362,9 @@ fn replies() -> Vec<Message> {
         damaged: vec!["d".into()],
         connections: 5,
         registry_problem: None,
+        keep: None,
+        store_problem: None,
+        verified_unix_s: None,
     };
     let detail = SegmentDetail {
         segment: brief(),

@@ -119,6 +119,7 @@ pub fn config(dir: &Path, node: &str, registry: RegistryAddr) -> AgentConfig {
         budget: None,
         vmm: None,
         replace: false,
+        housekeeping: Default::default(),
     }
 }
 

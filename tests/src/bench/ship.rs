@@ -36,6 +36,7 @@ pub(crate) async fn agent(data: &Path) -> Result<Agent> {
         budget: None,
         vmm: None,
         replace: false,
+        housekeeping: Default::default(),
     };
     Agent::start(config).await.context("start an agent")
 }

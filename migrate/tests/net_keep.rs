@@ -1,0 +1,221 @@
+//! What agents keep, fold and check: through their calls.
+#![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
+
+mod net_common;
+
+use std::time::Duration;
+
+use migrate::agent::{Agent, Housekeeping};
+use migrate::registry::RegistryAddr;
+use migrate::transport::Client;
+use migrate::wire::{Call, FoldCall, KeepCall, Reply, VerifyCall};
+use net_common::{Owner, agent_with, config, create, first_agent, name, put, vm};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+async fn ask(agent: &Agent, call: Call) -> Reply {
+    let mut client = Client::connect(agent.address(), "test").await.unwrap();
+    client.call(call, PATIENCE).await.unwrap()
+}
+
+async fn keep(agent: &Agent, policy: Option<&str>) -> migrate::wire::KeepReport {
+    let call = KeepCall {
+        vm: vm("web"),
+        policy: policy.map(str::to_owned),
+        only_here: false,
+    };
+    match ask(agent, Call::Keep(call)).await {
+        Reply::Kept(report) => report,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn fill(agent: &Agent, links: u64) {
+    for epoch in 1..=links {
+        let parent = (epoch > 1).then(|| name("web", 1, epoch - 1));
+        put(agent.store(), &name("web", 1, epoch), parent.as_ref(), 20);
+    }
+}
+
+async fn until(what: &str, done: impl Fn() -> bool) {
+    let waited = tokio::time::timeout(PATIENCE, async {
+        while !done() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    waited.await.unwrap_or_else(|_| panic!("{what}"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_policy_reaches_every_holder_and_is_carried_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = first_agent(dir.path()).await;
+    let b = agent_with(dir.path(), "b", &a).await;
+    create(a.registry(), "web", &[a.address(), b.address()], 2).await;
+    for agent in [&a, &b] {
+        fill(agent, 40);
+    }
+    let report = keep(&a, None).await;
+    assert_eq!(
+        (report.policy.as_str(), report.is_default, report.kept),
+        ("all", true, 40)
+    );
+    let report = keep(&a, Some("last=4")).await;
+    assert_eq!(
+        (report.policy.as_str(), report.is_default, report.kept),
+        ("last=4", false, 4)
+    );
+    assert_eq!(report.notes, Vec::<String>::new());
+    for agent in [&a, &b] {
+        until("nothing was collected", || agent.store().all().len() == 4).await;
+        let newest = agent.store().newest_complete(&vm("web")).unwrap();
+        assert_eq!(newest.name, name("web", 1, 40));
+        for entry in agent.store().all() {
+            agent.store().verify(&entry.name).unwrap();
+            agent.store().chain(&entry.name).unwrap();
+        }
+    }
+    let mut client = Client::connect(b.address(), "test").await.unwrap();
+    let call = KeepCall {
+        vm: vm("web"),
+        policy: Some("last=none".into()),
+        only_here: true,
+    };
+    let refused = client
+        .call(Call::Keep(call), PATIENCE)
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(refused.contains("last=none"), "{refused}");
+    assert_eq!(keep(&b, Some("default")).await.policy, "all");
+    a.stop().await;
+    b.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chain_is_folded_by_hand_and_when_it_is_too_long() {
+    let dir = tempfile::tempdir().unwrap();
+    let housekeeping = Housekeeping {
+        max_links: 10,
+        ..Housekeeping::default()
+    };
+    let config = migrate::agent::AgentConfig {
+        housekeeping,
+        ..config(dir.path(), "a", RegistryAddr::Embedded)
+    };
+    let a = Agent::start(config).await.unwrap();
+    fill(&a, 35);
+    let all_short = || {
+        let store = a.store();
+        store
+            .all()
+            .iter()
+            .all(|entry| store.chain(&entry.name).unwrap().len() <= 10)
+    };
+    until("a chain stays too long", all_short).await;
+    assert_eq!(a.store().all().len(), 35, "everything is kept by default");
+    let tip = name("web", 1, 33);
+    let call = FoldCall {
+        vm: vm("web"),
+        tip: Some(tip.clone()),
+    };
+    let Reply::Folded(report) = ask(&a, Call::Fold(call)).await else {
+        panic!()
+    };
+    assert_eq!((report.segment.links, report.segment.name), (1, tip));
+    assert!(report.segment.parent.is_none());
+    a.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_rots_is_found_and_fetched_from_the_other_holder() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = first_agent(dir.path()).await;
+    let b = agent_with(dir.path(), "b", &a).await;
+    create(a.registry(), "web", &[a.address(), b.address()], 2).await;
+    for agent in [&a, &b] {
+        fill(agent, 5);
+    }
+    let verify = || VerifyCall {
+        vm: Some(vm("web")),
+        sample: None,
+    };
+    let Reply::Verified(report) = ask(&b, Call::Verify(verify())).await else {
+        panic!()
+    };
+    assert_eq!((report.checked, report.bad, report.incomplete), (5, 0, 0));
+    let rot = |agent: &Agent| {
+        let path = agent.store().segment_path(&name("web", 1, 3));
+        let mut bytes = std::fs::read(&path).unwrap();
+        let at = bytes.len() / 2;
+        bytes[at] ^= 0x10;
+        std::fs::write(&path, bytes).unwrap();
+    };
+    rot(&b);
+    let Reply::Verified(report) = ask(&b, Call::Verify(verify())).await else {
+        panic!()
+    };
+    assert_eq!(
+        (report.bad, report.repaired, report.incomplete),
+        (1, 1, 0),
+        "{report:?}"
+    );
+    b.store().verify(&name("web", 1, 3)).unwrap();
+    assert_eq!(
+        b.store().newest_complete(&vm("web")).unwrap().name,
+        name("web", 1, 5)
+    );
+    // Nobody has it: it is said, and what is left is the newest whole one.
+    rot(&a);
+    rot(&b);
+    let Reply::Verified(report) = ask(&a, Call::Verify(verify())).await else {
+        panic!()
+    };
+    assert_eq!(
+        (report.bad, report.repaired, report.incomplete),
+        (1, 0, 2),
+        "{report:?}"
+    );
+    assert!(report.problems[0].contains("not repaired"), "{report:?}");
+    assert_eq!(
+        a.store().newest_complete(&vm("web")).unwrap().name,
+        name("web", 1, 2)
+    );
+    let call = VerifyCall {
+        vm: None,
+        sample: Some(2),
+    };
+    let Reply::Verified(report) = ask(&a, Call::Verify(call)).await else {
+        panic!()
+    };
+    assert_eq!(report.checked, 2);
+    a.stop().await;
+    b.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_holder_frees_what_the_policy_does_not_keep_before_it_refuses() {
+    let dir = tempfile::tempdir().unwrap();
+    let housekeeping = Housekeeping {
+        keep: "last=2".parse().unwrap(),
+        ..Housekeeping::default()
+    };
+    let config = migrate::agent::AgentConfig {
+        housekeeping,
+        // Room for seven segments of 20 pages.
+        budget: Some(600_000),
+        ..config(dir.path(), "a", RegistryAddr::Embedded)
+    };
+    let a = Agent::start(config).await.unwrap();
+    let generation = create(a.registry(), "web", &[a.address()], 1).await;
+    let mut owner = Owner::start(dir.path(), "web", generation, &[a.address()], 1, None);
+    for _ in 0..30 {
+        let taken = owner.take(20);
+        owner.wait_committed(&taken).await;
+    }
+    assert!(a.store().used_bytes() <= 600_000);
+    let newest = a.store().newest_complete(&vm("web")).unwrap().name;
+    assert_eq!(newest, owner.name(30));
+    owner.shipper.stop().await;
+    a.stop().await;
+}
