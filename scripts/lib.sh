@@ -71,7 +71,7 @@ setup_build() {
 # What the emulated hosts and the Debian guests are made with.
 setup_nested() {
     install_packages qemu-system-x86_64=qemu-system-x86 mke2fs=e2fsprogs ip=iproute2 setpriv=util-linux \
-        dpkg-deb=dpkg xz=xz-utils zstd=zstd
+        dpkg-deb=dpkg xz=xz-utils zstd=zstd tar=tar
 }
 
 setup() {
