@@ -42,7 +42,7 @@ pub struct DiskError {
 }
 
 impl DiskError {
-    fn new(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn new(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self {
             what,
             path: path.to_owned(),

@@ -18,6 +18,7 @@ pub mod detect;
 pub mod failover;
 pub mod lease;
 pub mod load;
+pub mod placement;
 pub mod protect;
 pub mod protocol;
 pub mod registry;

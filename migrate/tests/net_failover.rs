@@ -141,6 +141,10 @@ impl World {
             changed_unix_ms: 0,
             newest: self.registered.map(|at| brief(at).held()),
             claim: [0; 16],
+            policy: None,
+            leased: None,
+            swap: None,
+            alive: None,
         }
     }
 

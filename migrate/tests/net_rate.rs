@@ -4,7 +4,6 @@
 
 mod net_common;
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migrate::registry::{Embedded, Registry};
@@ -84,7 +83,7 @@ async fn one_at_a_time() {
 #[ignore = "prints figures"]
 async fn registry() {
     let dir = tempfile::tempdir().unwrap();
-    let embedded = Registry::new(Arc::new(Embedded::open(&dir.path().join("r.redb")).unwrap()));
+    let embedded = Registry::new(Embedded::open(&dir.path().join("r.redb")).unwrap());
     let agent = first_agent(dir.path()).await;
     for (what, r) in [
         ("embedded", embedded),

@@ -10,7 +10,7 @@ use segment::{Generation, VmId};
 
 use super::{Inner, blocking, keep, promote, software};
 use crate::protocol::parent_of;
-use crate::registry::{RegistryAddr, RegistryError, RegistryRequest, Role};
+use crate::registry::{Answered, RegistryAddr, RegistryError, RegistryRequest, Role};
 use crate::store::{Entry, FsStore, Lease, Lineage, StoreError};
 use crate::transport::{ByteStream, Client, FrameWriter, Link, PING_EVERY, TransportError, in_full};
 use crate::wire::{
@@ -143,17 +143,21 @@ fn failure(error: &StoreError) -> Failure {
     Failure { why: in_full(error) }
 }
 
+/// Whoever has the registry answers for it: with etcd every agent does, so that who runs a VM needs no access to it.
 async fn registry(inner: &Inner, request: RegistryRequest) -> Result<Reply, Failure> {
     let answered = match &inner.registry_addr {
-        RegistryAddr::Embedded => inner.registry.call(request).await,
-        RegistryAddr::Agent(address) => Err(RegistryError::NotHere {
-            node: inner.name.clone(),
-            registry: address.clone(),
-        }),
+        RegistryAddr::Embedded | RegistryAddr::Etcd(_) => inner.registry.ask(request).await,
+        RegistryAddr::Agent(address) => Answered {
+            outcome: Err(RegistryError::NotHere {
+                node: inner.name.clone(),
+                registry: address.clone(),
+            }),
+            stamp: None,
+        },
     };
-    Ok(match answered {
-        Ok(response) => Reply::Registry(response),
-        Err(error) => Reply::RegistryRefused(error),
+    Ok(match answered.outcome {
+        Ok(response) => Reply::Registry(response, answered.stamp),
+        Err(error) => Reply::RegistryRefused(error, answered.stamp),
     })
 }
 

@@ -13,8 +13,9 @@ use segment::{SegmentName, VmId};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Agent, AgentConfig, AgentError, Housekeeping, view};
+use crate::placement::LabelRule;
 use crate::protect::DEFAULT_MAX_LINKS;
-use crate::registry::{MAX_PAGE_RECORDS, NodeRecord, Registry, RegistryAddr, RegistryError, Role, VmRecord};
+use crate::registry::{EtcdAccess, NodeRecord, Registry, RegistryAddr, RegistryError, Role, VmRecord};
 use crate::store::KeepPolicy;
 use crate::transport::{CallError, Client, TransportError, in_full};
 use crate::wire::{
@@ -47,7 +48,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the agent of this host.
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// List the segments an agent holds; of one VM: its restore points.
     Ls {
         /// Only those of this VM.
@@ -116,8 +117,9 @@ struct ServeArgs {
     /// What this node does.
     #[arg(long, value_delimiter = ',', default_value = "execute,store")]
     roles: Vec<Role>,
-    /// Where the registry is: `embedded` (this agent keeps it), or HOST:PORT of the agent that does.
-    #[arg(long, value_name = "embedded|HOST:PORT", default_value = "embedded")]
+    /// Where the registry is: `embedded` (this agent keeps it), HOST:PORT of the agent that does, or
+    /// etcd://HOST:PORT,HOST:PORT,HOST:PORT.
+    #[arg(long, value_name = "embedded|HOST:PORT|etcd://..", default_value = "embedded")]
     registry: RegistryAddr,
     /// The most that segments may take, like 20G [default: what the disk has].
     #[arg(long, value_name = "SIZE")]
@@ -141,6 +143,36 @@ struct ServeArgs {
     /// Take this name over from a node that is gone for good.
     #[arg(long)]
     replace: bool,
+    /// A label of this node that placement chooses by, like zone=a. May be given more than once.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = label)]
+    label: Vec<(String, String)>,
+    /// How long after its last sign of life this node counts as gone.
+    #[arg(long, value_name = "TIME", default_value = "6s")]
+    lease: humantime::Duration,
+    /// The authority that the certificates of etcd's servers are signed by (PEM): TLS is spoken with them.
+    #[arg(long, value_name = "FILE")]
+    etcd_ca: Option<PathBuf>,
+    /// This node's certificate for etcd (PEM).
+    #[arg(long, value_name = "FILE")]
+    etcd_cert: Option<PathBuf>,
+    /// The key of that certificate (PEM).
+    #[arg(long, value_name = "FILE")]
+    etcd_key: Option<PathBuf>,
+    /// The user for etcd.
+    #[arg(long, value_name = "NAME")]
+    etcd_user: Option<String>,
+    /// The file whose first line is that user's password.
+    #[arg(long, value_name = "FILE")]
+    etcd_password_file: Option<PathBuf>,
+}
+
+/// KEY=VALUE.
+fn label(text: &str) -> Result<(String, String), String> {
+    match text.parse::<LabelRule>() {
+        Ok(LabelRule::Is(key, value)) => Ok((key, value)),
+        Ok(_) => Err(format!("{text:?} is no label: use KEY=VALUE")),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// How often something is done, if ever.
@@ -210,7 +242,7 @@ impl Cli {
     async fn dispatch(self) -> Result<(), CliError> {
         let agent = self.agent;
         match self.command {
-            Command::Serve(args) => serve(args).await,
+            Command::Serve(args) => serve(*args).await,
             Command::Ls { vm, json } => ls(&agent, vm, json).await,
             Command::Keep(keep) => keep.run(&agent).await,
             Command::Fold(fold) => fold.run(&agent).await,
@@ -270,6 +302,15 @@ async fn serve(args: ServeArgs) -> Result<(), CliError> {
             verify_every: args.verify_every.0,
             rate: Some(args.background_rate.as_u64()),
         },
+        labels: args.label.into_iter().collect(),
+        etcd: EtcdAccess {
+            ca: args.etcd_ca,
+            cert: args.etcd_cert,
+            key: args.etcd_key,
+            user: args.etcd_user,
+            password_file: args.etcd_password_file,
+        },
+        lease_ttl: args.lease.into(),
     };
     let agent = Agent::start(config).await?;
     // For scripts that wait for it, and that let the system choose the port.
@@ -414,28 +455,7 @@ async fn status(agent: &str, json: bool) -> Result<(), CliError> {
 }
 
 async fn cluster(registry: &Registry) -> Result<(Vec<NodeRecord>, Vec<VmRecord>), CliError> {
-    let (mut nodes, mut vms): (Vec<NodeRecord>, Vec<VmRecord>) = Default::default();
-    loop {
-        let (page, more) = registry
-            .list_nodes(nodes.last().map(|n| n.name.clone()), MAX_PAGE_RECORDS)
-            .await?;
-        let end = !more || page.is_empty();
-        nodes.extend(page);
-        if end {
-            break;
-        }
-    }
-    loop {
-        let (page, more) = registry
-            .list_vms(vms.last().map(|v| v.vm.clone()), MAX_PAGE_RECORDS)
-            .await?;
-        let end = !more || page.is_empty();
-        vms.extend(page);
-        if end {
-            break;
-        }
-    }
-    Ok((nodes, vms))
+    Ok((registry.all_nodes().await?, registry.all_vms().await?))
 }
 
 fn print_json(value: &impl serde::Serialize) -> Result<(), CliError> {

@@ -16,12 +16,14 @@ pub mod cli;
 mod gather;
 mod housekeep;
 mod keep;
+mod member;
 mod promote;
 mod replicate;
 mod sessions;
 mod spawn;
 mod view;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -34,22 +36,23 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 
 use crate::registry::{
-    Embedded, NodeRecord, OpenError, Registry, RegistryAddr, RegistryError, Role, random_id,
+    AccessError, Embedded, Etcd, EtcdAccess, NodeRecord, OpenError, Registry, RegistryAddr, RegistryError,
+    Remote, Role, random_id, recall,
 };
 use crate::store::{Durability, FsStore, StoreError};
 use crate::transport::{ByteStream, Link, TransportError, expect_hello, in_full, listen};
 use crate::wire::{Message, Purpose, Reject, Welcome};
+use member::Member;
 use sessions::Sessions;
 
 pub use housekeep::Housekeeping;
+pub use member::LEASE_TTL;
 pub use spawn::find_vmm;
 
 /// The most connections at once.
 pub const MAX_CONNECTIONS: usize = 256;
 /// The longest name of a node, in bytes.
 pub const MAX_NODE_NAME_BYTES: usize = 64;
-/// How often a registry that was away when the agent started is told that the node is there.
-const JOIN_AGAIN: Duration = Duration::from_secs(2);
 /// How long the end waits for connections.
 const SHUTDOWN: Duration = Duration::from_secs(2);
 /// How long accepting pauses after it failed (too many open files).
@@ -76,6 +79,12 @@ pub struct AgentConfig {
     pub replace: bool,
     /// What it keeps, and how it looks after that.
     pub housekeeping: Housekeeping,
+    /// What placement chooses by.
+    pub labels: BTreeMap<String, String>,
+    /// How an etcd is reached that does not let everyone in.
+    pub etcd: EtcdAccess,
+    /// How long after its last sign of life the node counts as gone.
+    pub lease_ttl: Duration,
 }
 
 /// Why an agent did not start.
@@ -104,6 +113,9 @@ pub enum AgentError {
     /// The registry cannot be opened.
     #[error(transparent)]
     Registry(#[from] OpenError),
+    /// What etcd is reached with cannot be read.
+    #[error(transparent)]
+    Etcd(#[from] AccessError),
     /// The registry refuses this node.
     #[error("the registry refuses this node: {0}")]
     Refused(RegistryError),
@@ -158,6 +170,9 @@ impl Agent {
             vmm,
             replace,
             housekeeping,
+            labels,
+            etcd: access,
+            lease_ttl,
         } = config;
         check_name(&name)?;
         let usable = |source| AgentError::Data {
@@ -174,12 +189,14 @@ impl Agent {
             tracing::error!(file = %damaged.path.display(), why = %damaged.why, "a stored segment is damaged: set aside");
         }
         let id = node_id(&data).map_err(usable)?;
+        let seen = recall(&data.join(member::SEEN));
         let backend = match &registry {
             RegistryAddr::Embedded => {
                 let path = data.join("registry.redb");
-                Registry::new(Arc::new(blocking(move || Embedded::open(&path)).await?))
+                Registry::after(blocking(move || Embedded::open(&path)).await?, seen)
             }
-            RegistryAddr::Agent(address) => Registry::remote(address, &name),
+            RegistryAddr::Agent(address) => Registry::after(Remote::new(address, &name), seen),
+            RegistryAddr::Etcd(etcd) => Registry::after(Etcd::new(etcd, &access)?, seen),
         };
         let listener = listen(&wanted).await?;
         let address = listener.local_addr().map_err(usable)?.to_string();
@@ -189,11 +206,15 @@ impl Agent {
             address: address.clone(),
             id,
             roles: roles.iter().map(Role::to_string).collect(),
-            labels: Default::default(),
+            labels,
             joined_unix_ms: 0,
+            total_bytes: None,
+            free_bytes: None,
+            draining: None,
+            alive: None,
         };
         let housekeeper = housekeep::Housekeeper::new(housekeeping, &data).map_err(usable)?;
-        let joined = join(&backend, &node, replace).await?;
+        let lease = member::join(&backend, &node, replace, lease_ttl).await?;
         let (stop, stopped) = watch::channel(false);
         let inner = Arc::new(Inner {
             name,
@@ -212,7 +233,13 @@ impl Agent {
             stop: stopped,
         });
         let keeping = tokio::spawn(housekeep::run(inner.clone()));
-        let joining = tokio::spawn(join_later(joined, backend, node, replace));
+        let member = Member {
+            inner: inner.clone(),
+            node,
+            replace,
+            ttl: lease_ttl,
+        };
+        let joining = tokio::spawn(member.keep(lease));
         let accepting = tokio::spawn(accept(inner.clone(), listener));
         tracing::info!(node = %inner.name, address = %inner.address, registry = %inner.registry_addr, "agent up");
         Ok(Self {
@@ -243,11 +270,14 @@ impl Agent {
     }
 
     /// Ends the connections and releases the port and the store; VMs it started go on.
-    pub async fn stop(self) {
+    pub async fn stop(mut self) {
         let _ = self.stop.send(true);
-        self.joining.abort();
         self.inner.housekeeper.stop();
         let _ = tokio::time::timeout(SHUTDOWN, self.keeping).await;
+        // Gives the lease back, so that everyone knows at once.
+        if tokio::time::timeout(SHUTDOWN, &mut self.joining).await.is_err() {
+            self.joining.abort();
+        }
         let _ = self.accepting.await;
         // The disks' threads hold the store: they end when their connections did.
         let released = async {
@@ -256,33 +286,6 @@ impl Agent {
             }
         };
         let _ = tokio::time::timeout(SHUTDOWN, released).await;
-    }
-}
-
-/// Tells the registry that the node is there; false when it is away.
-async fn join(registry: &Registry, node: &NodeRecord, replace: bool) -> Result<bool, AgentError> {
-    match registry.join_node(node.clone(), replace).await {
-        Ok(_) => Ok(true),
-        Err(error) if error.is_transient() => {
-            tracing::warn!(%error, "the registry is away: the agent stores segments, and joins when it is back");
-            Ok(false)
-        }
-        Err(error) => Err(AgentError::Refused(error)),
-    }
-}
-
-/// Tells a registry that was away, once it is back.
-async fn join_later(joined: bool, registry: Registry, node: NodeRecord, replace: bool) {
-    if joined {
-        return;
-    }
-    loop {
-        tokio::time::sleep(JOIN_AGAIN).await;
-        match registry.join_node(node.clone(), replace).await {
-            Ok(_) => return tracing::info!("joined: the registry is back"),
-            Err(error) if error.is_transient() => {}
-            Err(error) => return tracing::error!(%error, "the registry refuses this node"),
-        }
     }
 }
 
@@ -387,7 +390,7 @@ async fn serve<S: ByteStream>(inner: &Arc<Inner>, stream: S, peer: &str) -> Resu
         version,
         node: inner.name.clone(),
         registry: match &inner.registry_addr {
-            RegistryAddr::Embedded => None,
+            RegistryAddr::Embedded | RegistryAddr::Etcd(_) => None,
             RegistryAddr::Agent(address) => Some(address.clone()),
         },
         software: software(),

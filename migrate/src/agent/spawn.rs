@@ -86,7 +86,7 @@ pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief
     let log = prepared.map_err(|e| format!("prepare its directories in {}: {e}", inner.data.display()))?;
     let from = log.metadata().map_or(0, |m| m.len());
     let registry = match &inner.registry_addr {
-        RegistryAddr::Embedded => inner.address.clone(),
+        RegistryAddr::Embedded | RegistryAddr::Etcd(_) => inner.address.clone(),
         RegistryAddr::Agent(address) => address.clone(),
     };
 

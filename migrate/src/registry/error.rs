@@ -3,6 +3,8 @@
 use minicbor::{Decode, Encode};
 use segment::{CheckpointId, Generation, SegmentName, VmId};
 
+use super::types::LeaseSubject;
+
 /// Why a registry did not do what it was asked. Nothing was changed, except where it says so.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, thiserror::Error)]
 #[cbor(map)]
@@ -164,6 +166,59 @@ pub enum RegistryError {
         #[n(1)]
         registry: String,
     },
+    /// A lease that is not held any more, or never was.
+    #[n(12)]
+    #[error("the lease of {subject} is not held any more: it was not renewed in time, or given back")]
+    LeaseGone {
+        /// Whose.
+        #[n(0)]
+        subject: LeaseSubject,
+    },
+    /// There is no such node.
+    #[n(13)]
+    #[error("the registry has no node {name}: `standby status` lists those it has")]
+    NoSuchNode {
+        /// The name.
+        #[n(0)]
+        name: String,
+    },
+    /// The registry answers from before what it said earlier, or is another one.
+    #[n(14)]
+    #[error(
+        "the registry at {address} answers from the past: {why}. It was put back from an old copy, or another took its \
+         place; what it says of owners may be over, so nothing is done by its word. Put the right one back; or, to go \
+         on with this one, check with `standby status` that no VM runs twice, stop the agents, remove the file \
+         registry-seen in their --data directories, and start them again"
+    )]
+    Past {
+        /// Where it is.
+        #[n(0)]
+        address: String,
+        /// How that shows.
+        #[n(1)]
+        why: String,
+    },
+    /// The registry lets us not in, or not do this.
+    #[n(15)]
+    #[error(
+        "the registry at {address} refuses access: {why}. Check the user, the password file and the certificates"
+    )]
+    Denied {
+        /// Where it is.
+        #[n(0)]
+        address: String,
+        /// Why.
+        #[n(1)]
+        why: String,
+    },
+    /// Others changed the same record again and again.
+    #[n(16)]
+    #[error("the registry changes too fast under {what}: try again")]
+    Busy {
+        /// Under what.
+        #[n(0)]
+        what: String,
+    },
 }
 
 impl RegistryError {
@@ -171,7 +226,7 @@ impl RegistryError {
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Unavailable { .. } | Self::Storage { .. } => true,
+            Self::Unavailable { .. } | Self::Storage { .. } | Self::Busy { .. } => true,
             Self::VmTaken { .. }
             | Self::NoSuchVm { .. }
             | Self::Conflict { .. }
@@ -181,7 +236,11 @@ impl RegistryError {
             | Self::NodeTaken { .. }
             | Self::TooMany { .. }
             | Self::Invalid { .. }
-            | Self::NotHere { .. } => false,
+            | Self::NotHere { .. }
+            | Self::LeaseGone { .. }
+            | Self::NoSuchNode { .. }
+            | Self::Past { .. }
+            | Self::Denied { .. } => false,
         }
     }
 }

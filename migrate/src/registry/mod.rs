@@ -2,18 +2,30 @@
 //!
 //! ```text
 //!  Registry (typed operations) --RegistryRequest--> Backend --+-- Embedded: redb in an agent's data directory
-//!                                                             +-- Remote: the same request to that agent
+//!                                                             +-- Etcd: a cluster of its own
+//!                                                             +-- Remote: the same request to an agent that has
+//!                                                                         one of the two
 //! ```
 //!
 //! Invariants: each request is one transaction, durable before it is answered; a generation only rises, by
 //! compare-and-swap; a segment name means one checkpoint for ever; whoever changes a VM's record or registers
-//! segments names its generation and is refused when that is over; every list is paged.
+//! segments names its generation and is refused when that is over; every list is paged. An answer carries where it
+//! stands in the registry's history ([`Stamp`]): one from the past is refused.
+//!
+//! A lease says that a node or an owner lives: it is renewed by them, and runs out by the registry's clock alone. Whoever
+//! waits for changes hears of it, and every record that is read says whether its lease is held.
 //!
 //! What it never does: it decides nothing about who should own a VM, and the data path never waits for it.
 
+mod addr;
+mod changes;
 mod embedded;
 mod error;
+mod etcd;
 mod remote;
+mod request;
+mod rules;
+mod seen;
 mod types;
 
 use std::fmt;
@@ -23,11 +35,16 @@ use std::sync::Arc;
 
 use segment::{Generation, SegmentName, VmId};
 
+use crate::placement::Policy;
 use crate::transport::Client;
 
+pub use addr::{EtcdAccess, EtcdAddr, MAX_ENDPOINTS, RegistryAddr};
 pub use embedded::{Embedded, OpenError};
 pub use error::RegistryError;
+pub use etcd::{AccessError, Etcd};
 pub use remote::Remote;
+pub use request::{Changed, Changes, RegistryRequest, RegistryResponse};
+pub use seen::{Seen, Stamp, recall, written};
 pub use types::*;
 
 /// Sixteen random bytes, by which a registry knows a repeated request or a node's data directory again.
@@ -39,8 +56,25 @@ pub fn random_id() -> [u8; 16] {
     id
 }
 
+/// A lease's number: random, and never 0.
+#[must_use]
+pub fn random_lease() -> u64 {
+    let id = random_id();
+    // 63 bits, for etcd's are signed.
+    (u64::from_le_bytes(std::array::from_fn(|i| id[i])) >> 1).max(1)
+}
+
+/// What a backend says, and where that stands in the registry's history.
+#[derive(Debug)]
+pub struct Answered {
+    /// What it did, or refuses.
+    pub outcome: Result<RegistryResponse, RegistryError>,
+    /// Where; unknown when the registry was not reached.
+    pub stamp: Option<Stamp>,
+}
+
 /// What a backend returns.
-pub type Answer<'a> = Pin<Box<dyn Future<Output = Result<RegistryResponse, RegistryError>> + Send + 'a>>;
+pub type Answer<'a> = Pin<Box<dyn Future<Output = Answered> + Send + 'a>>;
 
 /// Something that answers registry requests, each in one transaction.
 pub trait Backend: Send + Sync {
@@ -64,21 +98,28 @@ pub struct NewVm {
     pub ack_quorum: u32,
     /// How often a checkpoint is taken.
     pub every_ms: u64,
+    /// What its holders were chosen by; absent when a person named them.
+    pub policy: Option<Policy>,
 }
 
 /// A registry, by its typed operations.
 #[derive(Clone)]
-pub struct Registry(Arc<dyn Backend>);
+pub struct Registry(Arc<Asked>);
+
+struct Asked {
+    backend: Box<dyn Backend>,
+    seen: Seen,
+}
 
 impl fmt::Debug for Registry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Registry({})", self.0.address())
+        write!(f, "Registry({})", self.address())
     }
 }
 
 macro_rules! expect {
     ($self:ident, $request:expr, $pattern:pat => $value:expr) => {
-        match $self.0.call($request).await? {
+        match $self.call($request).await? {
             $pattern => Ok($value),
             other => Err($self.unexpected(&other)),
         }
@@ -88,15 +129,24 @@ macro_rules! expect {
 impl Registry {
     /// By a backend.
     #[must_use]
-    pub fn new(backend: Arc<dyn Backend>) -> Self {
-        Self(backend)
+    pub fn new(backend: impl Backend + 'static) -> Self {
+        Self::after(backend, None)
     }
 
-    /// The one that the agent at `address` (HOST:PORT) keeps. Connects when it is first asked; `name` is who asks,
-    /// for the agent's log.
+    /// By a backend, of which an earlier process saw `seen`.
+    #[must_use]
+    pub fn after(backend: impl Backend + 'static, seen: Option<Stamp>) -> Self {
+        Self(Arc::new(Asked {
+            backend: Box::new(backend),
+            seen: Seen::from(seen),
+        }))
+    }
+
+    /// The one that the agents at `address` (HOST:PORT,..) answer for. Connects when it is first asked; `name` is who
+    /// asks, for the agent's log.
     #[must_use]
     pub fn remote(address: &str, name: &str) -> Self {
-        Self(Arc::new(Remote::new(address, name)))
+        Self::new(Remote::new(address, name))
     }
 
     /// The one that the agents at `holders` belong to: the first that answers says where it is.
@@ -121,15 +171,37 @@ impl Registry {
     /// Where it is, for messages.
     #[must_use]
     pub fn address(&self) -> String {
-        self.0.address()
+        self.0.backend.address()
+    }
+
+    /// The newest place of its history that was seen.
+    #[must_use]
+    pub fn seen(&self) -> Option<Stamp> {
+        self.0.seen.floor()
     }
 
     /// Passes a request on as it is.
     ///
     /// # Errors
-    /// What the registry refuses, or that it is not there.
+    /// What the registry refuses, or that it is not there, or that it answers from the past.
     pub async fn call(&self, request: RegistryRequest) -> Result<RegistryResponse, RegistryError> {
-        self.0.call(request).await
+        self.ask(request).await.outcome
+    }
+
+    /// Passes a request on as it is, and says where the answer stands.
+    pub async fn ask(&self, request: RegistryRequest) -> Answered {
+        let Asked { backend, seen } = &*self.0;
+        let floor = seen.floor();
+        let answered = backend.call(request).await;
+        if let Some(stamp) = answered.stamp
+            && let Err(past) = seen.note(&backend.address(), floor, stamp)
+        {
+            return Answered {
+                outcome: Err(past),
+                stamp: answered.stamp,
+            };
+        }
+        answered
     }
 
     /// A node is there.
@@ -164,6 +236,7 @@ impl Registry {
             holders,
             ack_quorum,
             every_ms,
+            policy,
         } = new;
         let claim = random_id();
         let request = RegistryRequest::CreateVm {
@@ -173,6 +246,7 @@ impl Registry {
             ack_quorum,
             every_ms,
             claim,
+            policy,
         };
         expect!(self, request, RegistryResponse::Vm(vm) => vm)
     }
@@ -302,10 +376,177 @@ impl Registry {
         expect!(self, request, RegistryResponse::Segments(segments, more) => (segments, more))
     }
 
+    /// Begins a change of a VM's holders, or with none gives it up.
+    ///
+    /// # Errors
+    /// [`RegistryError::Fenced`] or [`RegistryError::Revision`] when it changed meanwhile.
+    pub async fn set_swap(
+        &self,
+        vm: &VmId,
+        generation: Generation,
+        revision: u64,
+        swap: Option<HolderSwap>,
+    ) -> Result<VmRecord, RegistryError> {
+        let request = RegistryRequest::SetSwap {
+            vm: vm.clone(),
+            generation,
+            revision,
+            swap,
+        };
+        expect!(self, request, RegistryResponse::Vm(vm) => vm)
+    }
+
+    /// A lease that runs out `ttl_ms` after its last renewal; of an owner with its VM's record.
+    ///
+    /// # Errors
+    /// [`RegistryError::Fenced`] when an owner's generation is over.
+    pub async fn grant_lease(
+        &self,
+        subject: &LeaseSubject,
+        ttl_ms: u64,
+        lease: u64,
+    ) -> Result<(Lease, Option<VmRecord>), RegistryError> {
+        let request = RegistryRequest::GrantLease {
+            subject: subject.clone(),
+            ttl_ms,
+            lease,
+        };
+        expect!(self, request, RegistryResponse::Lease(lease, record) => (lease, record))
+    }
+
+    /// Renews a lease; of an owner with its VM's record.
+    ///
+    /// # Errors
+    /// [`RegistryError::LeaseGone`], or [`RegistryError::Fenced`] when an owner's generation is over.
+    pub async fn keep_alive(
+        &self,
+        subject: &LeaseSubject,
+        lease: u64,
+    ) -> Result<(Lease, Option<VmRecord>), RegistryError> {
+        let request = RegistryRequest::KeepAlive {
+            subject: subject.clone(),
+            lease,
+        };
+        expect!(self, request, RegistryResponse::Lease(lease, record) => (lease, record))
+    }
+
+    /// Gives a lease back.
+    ///
+    /// # Errors
+    /// When the registry fails.
+    pub async fn revoke_lease(&self, subject: &LeaseSubject, lease: u64) -> Result<(), RegistryError> {
+        let request = RegistryRequest::RevokeLease {
+            subject: subject.clone(),
+            lease,
+        };
+        expect!(self, request, RegistryResponse::Done => ())
+    }
+
+    /// Which records changed after `after`; waits for something, at most for `wait_ms`. Begin with 0: the answer says
+    /// that it is not complete, and from where to go on.
+    ///
+    /// # Errors
+    /// When the registry fails.
+    pub async fn await_changes(&self, after: u64, wait_ms: u32) -> Result<Changes, RegistryError> {
+        let request = RegistryRequest::AwaitChanges { after, wait_ms };
+        expect!(self, request, RegistryResponse::Changes(changes) => changes)
+    }
+
+    /// The changes from now on, as a stream.
+    #[must_use]
+    pub fn watch(&self) -> Watch {
+        Watch {
+            registry: self.clone(),
+            after: 0,
+        }
+    }
+
+    /// Whether a node is being drained.
+    ///
+    /// # Errors
+    /// [`RegistryError::NoSuchNode`].
+    pub async fn set_draining(&self, name: &str, draining: bool) -> Result<NodeRecord, RegistryError> {
+        let request = RegistryRequest::SetDraining {
+            name: name.to_owned(),
+            draining,
+        };
+        expect!(self, request, RegistryResponse::Node(node) => node)
+    }
+
+    /// Removes a node that holds nothing any more.
+    ///
+    /// # Errors
+    /// [`RegistryError::Invalid`] when VMs name it as a holder and `force` is not set.
+    pub async fn leave_node(&self, name: &str, force: bool) -> Result<(), RegistryError> {
+        let request = RegistryRequest::LeaveNode {
+            name: name.to_owned(),
+            force,
+        };
+        expect!(self, request, RegistryResponse::Done => ())
+    }
+
+    /// All nodes.
+    ///
+    /// # Errors
+    /// When the registry fails.
+    pub async fn all_nodes(&self) -> Result<Vec<NodeRecord>, RegistryError> {
+        let mut nodes: Vec<NodeRecord> = Vec::new();
+        loop {
+            let after = nodes.last().map(|n| n.name.clone());
+            let (page, more) = self.list_nodes(after, MAX_PAGE_RECORDS).await?;
+            let end = !more || page.is_empty();
+            nodes.extend(page);
+            if end {
+                return Ok(nodes);
+            }
+        }
+    }
+
+    /// All VMs, without their segments.
+    ///
+    /// # Errors
+    /// When the registry fails.
+    pub async fn all_vms(&self) -> Result<Vec<VmRecord>, RegistryError> {
+        let mut vms: Vec<VmRecord> = Vec::new();
+        loop {
+            let after = vms.last().map(|v| v.vm.clone());
+            let (page, more) = self.list_vms(after, MAX_PAGE_RECORDS).await?;
+            let end = !more || page.is_empty();
+            vms.extend(page);
+            if end {
+                return Ok(vms);
+            }
+        }
+    }
+
     fn unexpected(&self, response: &RegistryResponse) -> RegistryError {
         RegistryError::Unavailable {
-            address: self.0.address(),
+            address: self.address(),
             why: format!("it answered something else ({response:.60?})"),
         }
+    }
+}
+
+/// How long one question for changes waits.
+const WATCH_WAIT_MS: u32 = 10_000;
+
+/// The changes of a registry, one after the other.
+#[derive(Debug)]
+pub struct Watch {
+    registry: Registry,
+    after: u64,
+}
+
+impl Watch {
+    /// Waits for the next changes. They are hints: what a record says now is read anew. Answers without any from time to
+    /// time, so that who waits may look around; when [`Changes::complete`] is false everything may have changed, and so
+    /// it is at the first answer.
+    ///
+    /// # Errors
+    /// When the registry fails; asking again goes on from where this one was.
+    pub async fn next(&mut self) -> Result<Changes, RegistryError> {
+        let changes = self.registry.await_changes(self.after, WATCH_WAIT_MS).await?;
+        self.after = changes.revision;
+        Ok(changes)
     }
 }

@@ -8,6 +8,7 @@ use minicbor::{Decode, Encode};
 use segment::{CheckpointId, Digest, Epoch, Generation, SegmentName, VmId};
 use serde::Serialize;
 
+use crate::placement::Policy;
 use crate::wire::Held;
 
 /// The most holders of one VM.
@@ -16,14 +17,20 @@ pub const MAX_HOLDERS: usize = 16;
 pub const MAX_TEXT_BYTES: usize = 255;
 /// The most labels of a node.
 pub const MAX_LABELS: usize = 64;
-/// The most segments one request registers.
-pub const MAX_REGISTER_SEGMENTS: usize = 512;
+/// The most segments one request registers: they are one transaction, and etcd takes 128 operations in one.
+pub const MAX_REGISTER_SEGMENTS: usize = 96;
 /// The most records one answer lists.
 pub const MAX_PAGE_RECORDS: u32 = 1000;
 /// The most nodes of a cluster.
 pub const MAX_NODES: u64 = 10_000;
 /// The most VMs of a cluster.
 pub const MAX_VMS: u64 = 100_000;
+/// The shortest lease.
+pub const MIN_LEASE_MS: u64 = 100;
+/// The longest.
+pub const MAX_LEASE_MS: u64 = 600_000;
+/// The longest that a question for changes waits.
+pub const MAX_WAIT_MS: u32 = 20_000;
 /// The most segments of one VM; beyond, the oldest records are dropped (the holders still list what they have).
 pub const MAX_SEGMENTS_PER_VM: u64 = 20_000;
 
@@ -79,9 +86,135 @@ pub struct NodeRecord {
     /// What placement chooses by.
     #[cbor(n(4), with = "crate::wire::value")]
     pub labels: BTreeMap<String, String>,
-    /// When it joined last, in milliseconds of Unix time.
+    /// When it joined last, in milliseconds of Unix time. For people: no decision uses it, for clocks differ.
     #[n(5)]
     pub joined_unix_ms: u64,
+    /// Bytes its segments may take in all; absent when it does not say.
+    #[n(6)]
+    pub total_bytes: Option<u64>,
+    /// Bytes of them that are free, as it said last.
+    #[n(7)]
+    pub free_bytes: Option<u64>,
+    /// It gets no more segments, and those it has are copied to others.
+    #[n(8)]
+    pub draining: Option<bool>,
+    /// Its lease, when that is held. The registry fills it in at each answer; it is not part of the record.
+    #[n(9)]
+    pub alive: Option<LiveLease>,
+}
+
+impl NodeRecord {
+    /// Whether its lease is held.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        self.alive.is_some()
+    }
+
+    /// Whether it is being drained.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.draining == Some(true)
+    }
+
+    /// Whether it has this role.
+    #[must_use]
+    pub fn has_role(&self, role: Role) -> bool {
+        let role = role.to_string();
+        self.roles.contains(&role)
+    }
+}
+
+/// A lease that is held: nobody's clock but the registry's has run out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct LiveLease {
+    /// Which.
+    #[n(0)]
+    pub lease: u64,
+    /// How long it is held after each renewal, in milliseconds.
+    #[n(1)]
+    pub ttl_ms: u64,
+}
+
+/// What a lease stands for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Encode, Decode)]
+#[cbor(map)]
+pub enum LeaseSubject {
+    /// A node that lives.
+    #[n(0)]
+    Node {
+        /// Its name.
+        #[n(0)]
+        name: String,
+        /// Its id.
+        #[cbor(n(1), with = "crate::wire::value")]
+        id: [u8; 16],
+    },
+    /// An owner that lives and owns a VM under a generation.
+    #[n(1)]
+    Owner {
+        /// The VM.
+        #[cbor(n(0), with = "crate::wire::value")]
+        vm: VmId,
+        /// The owner's generation.
+        #[cbor(n(1), with = "crate::wire::value")]
+        generation: Generation,
+    },
+}
+
+impl fmt::Display for LeaseSubject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Node { name, .. } => write!(f, "node {name}"),
+            Self::Owner { vm, generation } => write!(f, "the owner of VM {vm} under generation {generation}"),
+        }
+    }
+}
+
+/// A lease as a backend keeps it.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub(super) struct LeaseRecord {
+    #[n(0)]
+    pub(super) subject: LeaseSubject,
+    #[n(1)]
+    pub(super) ttl_ms: u64,
+}
+
+/// A lease as it was granted or renewed: from when the request was *sent*, it is held for `ttl_ms` at least.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Lease {
+    /// Its number.
+    #[n(0)]
+    pub id: u64,
+    /// How long it is held, in milliseconds.
+    #[n(1)]
+    pub ttl_ms: u64,
+}
+
+/// Whether the owner of a VM lives, as the registry sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LeaseState {
+    /// It is held.
+    Held,
+    /// It was held under this generation and ran out, or was given back.
+    Gone,
+    /// The owner never took one under this generation: nothing follows from its absence.
+    Never,
+}
+
+/// One change of a generation's holder set, under way.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct HolderSwap {
+    /// Who takes a place: has everything committed before it counts.
+    #[n(0)]
+    pub joining: String,
+    /// Whose place it takes; absent when the set grows.
+    #[n(1)]
+    pub leaving: Option<String>,
 }
 
 /// Whether a VM is meant to run.
@@ -146,6 +279,30 @@ pub struct VmRecord {
     #[cbor(n(10), with = "crate::wire::value")]
     #[serde(skip)]
     pub claim: [u8; 16],
+    /// What its holders are chosen by; absent when a person named them.
+    #[n(11)]
+    pub policy: Option<Policy>,
+    /// The generation under which its owner last took a lease.
+    #[n(12)]
+    pub leased: Option<u64>,
+    /// A change of its holders that is under way: the owner ships to who joins, and completes it.
+    #[n(13)]
+    pub swap: Option<HolderSwap>,
+    /// The owner's lease, when that is held. The registry fills it in at each answer; it is not part of the record.
+    #[n(14)]
+    pub alive: Option<LiveLease>,
+}
+
+impl VmRecord {
+    /// Whether its owner lives, as the registry sees it.
+    #[must_use]
+    pub fn owner_lease(&self) -> LeaseState {
+        match (self.alive, self.leased) {
+            (Some(_), _) => LeaseState::Held,
+            (None, Some(under)) if under == self.generation.0 => LeaseState::Gone,
+            (None, _) => LeaseState::Never,
+        }
+    }
 }
 
 /// A committed checkpoint.
@@ -178,216 +335,8 @@ pub struct SegmentRecord {
     pub created_unix_ns: u64,
 }
 
-/// One request; the registry answers each in one transaction.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-#[cbor(map)]
-pub enum RegistryRequest {
-    /// A node is there. Idempotent.
-    #[n(0)]
-    JoinNode {
-        /// The node.
-        #[n(0)]
-        node: NodeRecord,
-        /// Take the name over from a node that is gone for good.
-        #[n(1)]
-        replace: bool,
-    },
-    /// The nodes, by name.
-    #[n(1)]
-    ListNodes {
-        /// After this one.
-        #[n(0)]
-        after: Option<String>,
-        /// At most so many, and at most [`MAX_PAGE_RECORDS`].
-        #[n(1)]
-        limit: u32,
-    },
-    /// Protect a new VM. Answered by its record; repeated with the same claim it is idempotent.
-    #[n(2)]
-    CreateVm {
-        /// Its id.
-        #[cbor(n(0), with = "crate::wire::value")]
-        vm: VmId,
-        /// Who owns it.
-        #[n(1)]
-        owner: String,
-        /// Where its segments go.
-        #[n(2)]
-        holders: Vec<String>,
-        /// How many of them make a checkpoint committed.
-        #[n(3)]
-        ack_quorum: u32,
-        /// How often a checkpoint is taken.
-        #[n(4)]
-        every_ms: u64,
-        /// Drawn by the caller.
-        #[cbor(n(5), with = "crate::wire::value")]
-        claim: [u8; 16],
-    },
-    /// One VM.
-    #[n(3)]
-    GetVm {
-        /// Its id.
-        #[cbor(n(0), with = "crate::wire::value")]
-        vm: VmId,
-    },
-    /// The VMs, by id.
-    #[n(4)]
-    ListVms {
-        /// After this one.
-        #[cbor(n(0), with = "crate::wire::value")]
-        after: Option<VmId>,
-        /// At most so many, and at most [`MAX_PAGE_RECORDS`].
-        #[n(1)]
-        limit: u32,
-    },
-    /// A new owner: the compare-and-swap of a failover. The VM is `Stopped` until the new owner says it runs.
-    #[n(5)]
-    RaiseGeneration {
-        /// Its id.
-        #[cbor(n(0), with = "crate::wire::value")]
-        vm: VmId,
-        /// The generation the caller read.
-        #[cbor(n(1), with = "crate::wire::value")]
-        expected: Generation,
-        /// Who owns it then.
-        #[n(2)]
-        new_owner: String,
-        /// Drawn by the caller.
-        #[cbor(n(3), with = "crate::wire::value")]
-        claim: [u8; 16],
-    },
-    /// Other holders for the VM.
-    #[n(6)]
-    SetHolders {
-        /// Its id.
-        #[cbor(n(0), with = "crate::wire::value")]
-        vm: VmId,
-        /// The caller's generation.
-        #[cbor(n(1), with = "crate::wire::value")]
-        generation: Generation,
-        /// The revision the caller read.
-        #[n(2)]
-        revision: u64,
-        /// Where its segments go.
-        #[n(3)]
-        holders: Vec<String>,
-        /// How many of them make a checkpoint committed.
-        #[n(4)]
-        ack_quorum: u32,
-    },
-    /// The owner says whether it runs. Idempotent.
-    #[n(7)]
-    SetVmState {
-        /// Its id.
-        #[cbor(n(0), with = "crate::wire::value")]
-        vm: VmId,
-        /// The caller's generation.
-        #[cbor(n(1), with = "crate::wire::value")]
-        generation: Generation,
-        /// The new state.
-        #[n(2)]
-        state: VmState,
-    },
-    /// Remove a stopped VM and its segments' records. Its last generation stays known, so that a new VM of that id
-    /// begins above what holders have promised. Idempotent.
-    #[n(8)]
-    ForgetVm {
-        /// Its id.
-        #[cbor(n(0), with = "crate::wire::value")]
-        vm: VmId,
-        /// Also when it is recorded as running.
-        #[n(1)]
-        force: bool,
-    },
-    /// Committed checkpoints. Idempotent: the same checkpoint again adds its holders.
-    #[n(9)]
-    RegisterSegments {
-        /// Of this VM.
-        #[cbor(n(0), with = "crate::wire::value")]
-        vm: VmId,
-        /// The caller's generation.
-        #[cbor(n(1), with = "crate::wire::value")]
-        generation: Generation,
-        /// At most [`MAX_REGISTER_SEGMENTS`].
-        #[n(2)]
-        segments: Vec<SegmentRecord>,
-    },
-    /// The registered segments of a VM, oldest first.
-    #[n(10)]
-    ListSegments {
-        /// Of this VM.
-        #[cbor(n(0), with = "crate::wire::value")]
-        vm: VmId,
-        /// After this one.
-        #[cbor(n(1), with = "crate::wire::value")]
-        after: Option<SegmentName>,
-        /// At most so many, and at most [`MAX_PAGE_RECORDS`].
-        #[n(2)]
-        limit: u32,
-    },
-}
-
-/// What a registry answers.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub enum RegistryResponse {
-    /// Done.
-    #[n(0)]
-    Done,
-    /// One node.
-    #[n(1)]
-    Node(#[n(0)] NodeRecord),
-    /// A page of nodes, and whether there are more.
-    #[n(2)]
-    Nodes(#[n(0)] Vec<NodeRecord>, #[n(1)] bool),
-    /// One VM.
-    #[n(3)]
-    Vm(#[n(0)] VmRecord),
-    /// A page of VMs, and whether there are more.
-    #[n(4)]
-    Vms(#[n(0)] Vec<VmRecord>, #[n(1)] bool),
-    /// A page of segments, and whether there are more.
-    #[n(5)]
-    Segments(#[n(0)] Vec<SegmentRecord>, #[n(1)] bool),
-}
-
 /// The order of the states of one VM, as a key.
 pub(super) fn position(name: &SegmentName) -> (u64, u64) {
     let (Generation(generation), Epoch(epoch)) = name.position();
     (generation, epoch)
-}
-
-/// Where a registry is.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum RegistryAddr {
-    /// In this agent's own data directory.
-    Embedded,
-    /// At the agent that keeps it, HOST:PORT.
-    Agent(String),
-}
-
-impl fmt::Display for RegistryAddr {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Embedded => f.write_str("embedded"),
-            Self::Agent(address) => f.write_str(address),
-        }
-    }
-}
-
-impl FromStr for RegistryAddr {
-    type Err = String;
-    fn from_str(s: &str) -> Result<Self, String> {
-        if s == "embedded" {
-            return Ok(Self::Embedded);
-        }
-        match s.rsplit_once(':') {
-            Some((host, port)) if !host.is_empty() && !host.contains('/') && port.parse::<u16>().is_ok() => {
-                Ok(Self::Agent(s.to_owned()))
-            }
-            _ => Err(format!(
-                "{s:?} is no registry: use `embedded`, or HOST:PORT of the agent that keeps it"
-            )),
-        }
-    }
 }

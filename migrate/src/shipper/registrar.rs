@@ -66,7 +66,7 @@ async fn flush(
                 });
                 return false;
             }
-            Err(error) if error.is_transient() => {
+            Err(error) if error.is_transient() || matches!(error, RegistryError::Past { .. }) => {
                 if !std::mem::replace(away, true) {
                     tracing::warn!(%error, "the registry is away: shipping goes on, committed checkpoints wait");
                 }

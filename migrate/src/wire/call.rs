@@ -5,7 +5,7 @@ use segment::{CheckpointId, Digest, Generation, SegmentName, VmId};
 use serde::Serialize;
 
 use super::Held;
-use crate::registry::{RegistryError, RegistryRequest, RegistryResponse};
+use crate::registry::{RegistryError, RegistryRequest, RegistryResponse, Stamp};
 
 /// The most segments one answer lists.
 pub const MAX_PAGE_SEGMENTS: u32 = 1000;
@@ -54,12 +54,12 @@ pub enum Call {
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum Reply {
-    /// Of the registry.
+    /// Of the registry, and where that stands in its history.
     #[n(0)]
-    Registry(#[n(0)] RegistryResponse),
+    Registry(#[n(0)] RegistryResponse, #[n(1)] Option<Stamp>),
     /// The registry's refusal.
     #[n(1)]
-    RegistryRefused(#[n(0)] RegistryError),
+    RegistryRefused(#[n(0)] RegistryError, #[n(1)] Option<Stamp>),
     /// How the agent is.
     #[n(2)]
     Status(#[n(0)] AgentStatus),

@@ -2,8 +2,10 @@ use proptest::prelude::*;
 use segment::{CheckpointId, Digest, Epoch, Generation, SegmentName, VmId};
 
 use super::*;
+use crate::placement::Policy;
 use crate::registry::{
-    NodeRecord, RegistryError, RegistryRequest, RegistryResponse, SegmentRecord, VmRecord, VmState,
+    Changed, Changes, HolderSwap, Lease, LeaseSubject, LiveLease, NodeRecord, RegistryError, RegistryRequest,
+    RegistryResponse, SegmentRecord, Stamp, VmRecord, VmState,
 };
 
 fn name(epoch: u64) -> SegmentName {
@@ -56,6 +58,47 @@ fn vm_record() -> VmRecord {
         changed_unix_ms: 1_700_000_000_000,
         newest: Some(held(7)),
         claim: [4; 16],
+        policy: Some(policy()),
+        leased: Some(2),
+        swap: Some(swap()),
+        alive: Some(live()),
+    }
+}
+
+fn policy() -> Policy {
+    Policy {
+        labels: vec!["zone!=".parse().unwrap()],
+        spread: Some("rack".into()),
+        ..Policy::of(3)
+    }
+}
+
+fn swap() -> HolderSwap {
+    HolderSwap {
+        joining: "127.0.0.1:7403".into(),
+        leaving: Some("127.0.0.1:7401".into()),
+    }
+}
+
+fn live() -> LiveLease {
+    LiveLease {
+        lease: 7,
+        ttl_ms: 5000,
+    }
+}
+
+fn stamp() -> Option<Stamp> {
+    Some(Stamp {
+        registry: u64::MAX,
+        revision: 12,
+        term: 2,
+    })
+}
+
+fn subject() -> LeaseSubject {
+    LeaseSubject::Owner {
+        vm: vm(),
+        generation: Generation(2),
     }
 }
 
@@ -79,6 +122,10 @@ fn node() -> NodeRecord {
         roles: vec!["store".into()],
         labels: [("zone".to_owned(), "b".to_owned())].into(),
         joined_unix_ms: 3,
+        total_bytes: Some(4),
+        free_bytes: None,
+        draining: Some(true),
+        alive: Some(live()),
     }
 }
 
@@ -217,6 +264,7 @@ fn calls() -> Vec<Message> {
             ack_quorum: 1,
             every_ms: 200,
             claim: [3; 16],
+            policy: Some(policy()),
         },
         RegistryRequest::GetVm { vm: vm() },
         RegistryRequest::ListVms {
@@ -255,6 +303,40 @@ fn calls() -> Vec<Message> {
             after: Some(name(3)),
             limit: 5,
         },
+        RegistryRequest::GrantLease {
+            subject: subject(),
+            ttl_ms: 5000,
+            lease: 7,
+        },
+        RegistryRequest::KeepAlive {
+            subject: LeaseSubject::Node {
+                name: "a".into(),
+                id: [1; 16],
+            },
+            lease: 7,
+        },
+        RegistryRequest::RevokeLease {
+            subject: subject(),
+            lease: 7,
+        },
+        RegistryRequest::AwaitChanges {
+            after: 5,
+            wait_ms: 100,
+        },
+        RegistryRequest::SetSwap {
+            vm: vm(),
+            generation: Generation(1),
+            revision: 4,
+            swap: Some(swap()),
+        },
+        RegistryRequest::SetDraining {
+            name: "a".into(),
+            draining: true,
+        },
+        RegistryRequest::LeaveNode {
+            name: "a".into(),
+            force: false,
+        },
     ];
     let calls = [
         Call::Status(Nothing {}),
@@ -292,6 +374,12 @@ fn replies() -> Vec<Message> {
         RegistryResponse::Vm(vm_record()),
         RegistryResponse::Vms(vec![vm_record()], false),
         RegistryResponse::Segments(vec![segment_record()], true),
+        RegistryResponse::Lease(Lease { id: 7, ttl_ms: 5000 }, Some(vm_record())),
+        RegistryResponse::Changes(Changes {
+            revision: 9,
+            changed: vec![Changed::Vm { vm: vm() }, Changed::Node { name: "a".into() }],
+            complete: true,
+        }),
     ];
     let owner = || "o".to_owned();
     let errors = [
@@ -342,6 +430,17 @@ fn replies() -> Vec<Message> {
             node: "n".into(),
             registry: "r".into(),
         },
+        RegistryError::LeaseGone { subject: subject() },
+        RegistryError::NoSuchNode { name: "a".into() },
+        RegistryError::Past {
+            address: "a".into(),
+            why: "w".into(),
+        },
+        RegistryError::Denied {
+            address: "a".into(),
+            why: "w".into(),
+        },
+        RegistryError::Busy { what: "w".into() },
     ];
     let status = AgentStatus {
         node: "n".into(),
@@ -415,8 +514,8 @@ fn replies() -> Vec<Message> {
             current: Generation(2),
         }),
     ];
-    let registry = responses.into_iter().map(Reply::Registry);
-    let refused = errors.into_iter().map(Reply::RegistryRefused);
+    let registry = responses.into_iter().map(|r| Reply::Registry(r, stamp()));
+    let refused = errors.into_iter().map(|e| Reply::RegistryRefused(e, None));
     registry
         .chain(refused)
         .chain(replies)

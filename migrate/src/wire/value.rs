@@ -9,6 +9,8 @@ use minicbor::decode::{self, Decoder};
 use minicbor::encode::{self, Encoder, Write};
 use segment::{CheckpointId, Digest, Epoch, Generation, SegmentName, VmId};
 
+use crate::placement::LabelRule;
+
 /// The most items one list inside a message may have.
 pub const MAX_LIST_ITEMS: u64 = 4096;
 
@@ -81,7 +83,7 @@ macro_rules! parsed {
         }
     )*};
 }
-parsed!(VmId, SegmentName);
+parsed!(VmId, SegmentName, LabelRule);
 
 macro_rules! numbers {
     ($($t:ident),*) => {$(

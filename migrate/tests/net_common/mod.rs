@@ -1,6 +1,7 @@
 //! What the network tests share: synthetic checkpoints, agents in this process, and waiting for conditions.
 #![allow(dead_code, unreachable_pub, reason = "each test uses its part")]
 
+pub mod etcd;
 pub mod model;
 pub mod process;
 
@@ -120,6 +121,9 @@ pub fn config(dir: &Path, node: &str, registry: RegistryAddr) -> AgentConfig {
         vmm: None,
         replace: false,
         housekeeping: Default::default(),
+        labels: Default::default(),
+        etcd: Default::default(),
+        lease_ttl: migrate::agent::LEASE_TTL,
     }
 }
 
@@ -150,6 +154,7 @@ pub async fn create(registry: &Registry, id: &str, holders: &[&str], ack_quorum:
         holders: holders.iter().map(|h| (*h).to_owned()).collect(),
         ack_quorum,
         every_ms: 200,
+        policy: None,
     };
     registry.create_vm(new).await.unwrap().generation
 }

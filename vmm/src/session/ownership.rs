@@ -168,6 +168,7 @@ impl Ownership {
             holders: self.protection.holders.clone(),
             ack_quorum: self.quorum(),
             every_ms: self.protection.every_ms,
+            policy: None,
         };
         self.registry.create_vm(new).await.map_err(|e| self.refused(e))
     }

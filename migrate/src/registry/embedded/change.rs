@@ -1,27 +1,59 @@
 //! The requests that change something, each in one transaction.
 
-use redb::{ReadableTable, WriteTransaction};
-use segment::{Generation, SegmentName, VmId};
+use std::time::Instant;
 
-use super::{COUNTS, NODES, RETIRED, SEGMENTS, VMS, decode, encode, read_vm, storage};
+use redb::{ReadableTable, WriteTransaction};
+use segment::{Generation, VmId};
+
+use super::leases::{Key, Leases};
+use super::{COUNTS, LEASES, NODES, RETIRED, SEGMENTS, VMS, all_vms, decode, encode, read_vm, storage};
 use crate::registry::RegistryError;
+use crate::registry::request::{Changed, RegistryRequest, RegistryResponse};
+use crate::registry::rules::{self, Step};
 use crate::registry::types::{
-    MAX_HOLDERS, MAX_LABELS, MAX_NODES, MAX_REGISTER_SEGMENTS, MAX_SEGMENTS_PER_VM, MAX_TEXT_BYTES, MAX_VMS,
-    NodeRecord, RegistryRequest, RegistryResponse, SegmentRecord, VmRecord, VmState, position,
+    Lease, LeaseRecord, LeaseSubject, MAX_NODES, MAX_SEGMENTS_PER_VM, MAX_VMS, NodeRecord, SegmentRecord,
+    VmRecord, VmState, position,
 };
 use crate::wire::Held;
 
 /// The table of segments, in a transaction.
 type Segments<'a> = redb::Table<'a, (&'static str, u64, u64), &'static [u8]>;
 
+/// What is done to the leases in memory once the transaction is durable.
+pub(super) enum LeaseChange {
+    Grant(u64, LeaseRecord),
+    Remove(u64),
+}
+
 /// One transaction that changes something.
 pub(super) struct Change<'a> {
     pub(super) txn: &'a WriteTransaction,
+    pub(super) leases: &'a Leases,
     pub(super) now: u64,
+    /// Whose records, or leases, are other ones afterwards.
+    pub(super) changed: Vec<Changed>,
+    pub(super) lease_changes: Vec<LeaseChange>,
 }
 
 impl Change<'_> {
-    pub(super) fn apply(&self, request: RegistryRequest) -> Result<RegistryResponse, RegistryError> {
+    pub(super) fn apply(&mut self, request: RegistryRequest) -> Result<RegistryResponse, RegistryError> {
+        if let Some(vm) = rules::vm_of(&request).cloned() {
+            let raises = matches!(request, RegistryRequest::RaiseGeneration { .. });
+            let record = self.vm(vm)?;
+            let step =
+                rules::changed(&request, record, self.now).unwrap_or_else(|| not_a_change(&request))?;
+            let record = match step {
+                Step::Keep(record) => record,
+                Step::Write(record) => {
+                    if raises {
+                        self.end_lease(&Key::Vm(record.vm.as_str().to_owned()))?;
+                    }
+                    self.put_vm(&record)?;
+                    record
+                }
+            };
+            return Ok(RegistryResponse::Vm(record));
+        }
         match request {
             RegistryRequest::JoinNode { node, replace } => self.join(node, replace),
             RegistryRequest::CreateVm {
@@ -31,187 +63,111 @@ impl Change<'_> {
                 ack_quorum,
                 every_ms,
                 claim,
-            } => {
-                check_text("owner", &owner)?;
-                check_holders(&holders, ack_quorum)?;
-                self.create(VmRecord {
-                    vm,
-                    generation: Generation(0),
-                    revision: 1,
-                    owner,
-                    holders,
-                    ack_quorum,
-                    every_ms,
-                    state: VmState::Running,
-                    changed_unix_ms: self.now,
-                    newest: None,
-                    claim,
-                })
-            }
-            RegistryRequest::RaiseGeneration {
+                policy,
+            } => self.create(VmRecord {
                 vm,
-                expected,
-                new_owner,
-                claim,
-            } => self.raise(vm, expected, new_owner, claim),
-            RegistryRequest::SetHolders {
-                vm,
-                generation,
-                revision,
+                generation: Generation(0),
+                revision: 1,
+                owner,
                 holders,
                 ack_quorum,
-            } => {
-                check_holders(&holders, ack_quorum)?;
-                let mut record = self.owned(vm, generation)?;
-                if record.revision != revision {
-                    let VmRecord {
-                        vm,
-                        revision: current,
-                        ..
-                    } = record;
-                    return Err(RegistryError::Revision {
-                        vm,
-                        expected: revision,
-                        current,
-                    });
-                }
-                record.holders = holders;
-                record.ack_quorum = ack_quorum;
-                self.put_vm(record)
-            }
-            RegistryRequest::SetVmState {
-                vm,
-                generation,
-                state,
-            } => {
-                let mut record = self.owned(vm, generation)?;
-                if record.state == state {
-                    return Ok(RegistryResponse::Vm(record));
-                }
-                record.state = state;
-                self.put_vm(record)
-            }
+                every_ms,
+                state: VmState::Running,
+                changed_unix_ms: self.now,
+                newest: None,
+                claim,
+                policy,
+                leased: None,
+                swap: None,
+                alive: None,
+            }),
             RegistryRequest::ForgetVm { vm, force } => self.forget(&vm, force),
             RegistryRequest::RegisterSegments {
                 vm,
                 generation,
                 segments,
             } => self.register(vm, generation, segments),
-            RegistryRequest::ListNodes { .. }
-            | RegistryRequest::GetVm { .. }
-            | RegistryRequest::ListVms { .. }
-            | RegistryRequest::ListSegments { .. } => Err(RegistryError::Invalid {
-                why: "a question among changes".into(),
-            }),
+            RegistryRequest::GrantLease {
+                subject,
+                ttl_ms,
+                lease,
+            } => self.grant(subject, ttl_ms, lease),
+            RegistryRequest::RevokeLease { subject, lease } => {
+                let held = self.leases.get(lease, Instant::now());
+                if held.is_some_and(|r| Key::from(&r.subject) == Key::from(&subject)) {
+                    self.end_lease(&Key::from(&subject))?;
+                }
+                Ok(RegistryResponse::Done)
+            }
+            RegistryRequest::SetDraining { name, draining } => {
+                let mut node = self.node(&name)?;
+                if node.is_draining() != draining {
+                    node.draining = draining.then_some(true);
+                    self.put_node(&node)?;
+                }
+                Ok(RegistryResponse::Node(node))
+            }
+            RegistryRequest::LeaveNode { name, force } => self.leave(&name, force),
+            other => not_a_change(&other),
         }
     }
 
-    fn join(&self, mut node: NodeRecord, replace: bool) -> Result<RegistryResponse, RegistryError> {
-        check_text("node name", &node.name)?;
-        check_text("address", &node.address)?;
-        if node.labels.len() > MAX_LABELS || node.roles.len() > MAX_LABELS {
-            return Err(RegistryError::TooMany {
-                what: "labels of a node".into(),
-                max: MAX_LABELS as u64,
-            });
-        }
-        for text in node.labels.iter().flat_map(|(k, v)| [k, v]).chain(&node.roles) {
-            check_text("label or role", text)?;
-        }
-        let mut table = self.txn.open_table(NODES).map_err(storage)?;
-        let known = match table.get(node.name.as_str()).map_err(storage)? {
-            Some(bytes) => Some(decode::<NodeRecord>(bytes.value())?),
-            None => None,
-        };
-        match known {
-            // The same data directory at another address is the same node; another node at the same address has
-            // taken its place, for two cannot listen there.
-            Some(old) if old.id != node.id && old.address != node.address && !replace => {
-                return Err(RegistryError::NodeTaken {
-                    name: old.name,
-                    address: old.address,
-                });
+    fn join(&mut self, node: NodeRecord, replace: bool) -> Result<RegistryResponse, RegistryError> {
+        let known = self.node(&node.name).ok();
+        if known.is_none() {
+            let table = self.txn.open_table(NODES).map_err(storage)?;
+            if redb::ReadableTableMetadata::len(&table).map_err(storage)? >= MAX_NODES {
+                return rules::too_many("nodes", MAX_NODES);
             }
-            Some(_) => {}
-            None if redb::ReadableTableMetadata::len(&table).map_err(storage)? >= MAX_NODES => {
-                return Err(RegistryError::TooMany {
-                    what: "nodes".into(),
-                    max: MAX_NODES,
-                });
-            }
-            None => {}
         }
-        node.joined_unix_ms = self.now;
-        table
-            .insert(node.name.as_str(), encode(&node).as_slice())
-            .map_err(storage)?;
+        let other = known.as_ref().is_some_and(|old| old.id != node.id);
+        let node = rules::joined(known, node, replace, self.now)?;
+        if other {
+            self.end_lease(&Key::Node(node.name.clone()))?;
+        }
+        self.put_node(&node)?;
         Ok(RegistryResponse::Node(node))
     }
 
-    fn create(&self, mut new: VmRecord) -> Result<RegistryResponse, RegistryError> {
-        let mut table = self.txn.open_table(VMS).map_err(storage)?;
-        if let Some(old) = read_vm(&table, &new.vm)? {
-            if old.claim == new.claim {
-                return Ok(RegistryResponse::Vm(old));
-            }
-            return Err(RegistryError::VmTaken {
-                vm: old.vm,
-                owner: old.owner,
-                generation: old.generation,
-                state: old.state.to_string(),
-            });
-        }
-        if redb::ReadableTableMetadata::len(&table).map_err(storage)? >= MAX_VMS {
-            return Err(RegistryError::TooMany {
-                what: "VMs".into(),
-                max: MAX_VMS,
-            });
-        }
-        let retired = self.txn.open_table(RETIRED).map_err(storage)?;
-        // Above what holders may have promised to an earlier VM of this id.
-        let last = retired
-            .get(new.vm.as_str())
-            .map_err(storage)?
-            .map_or(0, |v| v.value());
-        new.generation = Generation(last).next();
-        table
-            .insert(new.vm.as_str(), encode(&new).as_slice())
-            .map_err(storage)?;
-        Ok(RegistryResponse::Vm(new))
+    fn leave(&mut self, name: &str, force: bool) -> Result<RegistryResponse, RegistryError> {
+        let Ok(node) = self.node(name) else {
+            return Ok(RegistryResponse::Done);
+        };
+        let holds: Vec<_> = all_vms(&self.txn.open_table(VMS).map_err(storage)?)?
+            .into_iter()
+            .filter(|vm| vm.holders.contains(&node.address))
+            .map(|vm| vm.vm)
+            .collect();
+        rules::may_leave(&node, &holds, force)?;
+        self.end_lease(&Key::Node(name.to_owned()))?;
+        let mut table = self.txn.open_table(NODES).map_err(storage)?;
+        table.remove(name).map_err(storage)?;
+        self.changed.push(Changed::Node {
+            name: name.to_owned(),
+        });
+        Ok(RegistryResponse::Done)
     }
 
-    fn raise(
-        &self,
-        vm: VmId,
-        expected: Generation,
-        new_owner: String,
-        claim: [u8; 16],
-    ) -> Result<RegistryResponse, RegistryError> {
-        check_text("owner", &new_owner)?;
-        let mut record = self.vm(vm)?;
-        if record.generation == expected.next() && record.claim == claim {
-            // The answer to the first try was lost on its way.
-            return Ok(RegistryResponse::Vm(record));
+    fn create(&mut self, new: VmRecord) -> Result<RegistryResponse, RegistryError> {
+        let known = self.vm(new.vm.clone()).ok();
+        if known.is_none() {
+            let table = self.txn.open_table(VMS).map_err(storage)?;
+            if redb::ReadableTableMetadata::len(&table).map_err(storage)? >= MAX_VMS {
+                return rules::too_many("VMs", MAX_VMS);
+            }
         }
-        if record.generation != expected {
-            let VmRecord {
-                vm,
-                generation,
-                owner,
-                ..
-            } = record;
-            return Err(RegistryError::Conflict {
-                vm,
-                expected,
-                current: generation,
-                owner,
-            });
+        let last = {
+            let retired = self.txn.open_table(RETIRED).map_err(storage)?;
+            let last = retired.get(new.vm.as_str()).map_err(storage)?;
+            last.map_or(0, |v| v.value())
+        };
+        match rules::created(known, new, Generation(last))? {
+            Step::Keep(record) => Ok(RegistryResponse::Vm(record)),
+            Step::Write(record) => {
+                self.put_vm(&record)?;
+                Ok(RegistryResponse::Vm(record))
+            }
         }
-        record.generation = expected.next();
-        record.owner = new_owner;
-        record.claim = claim;
-        record.state = VmState::Stopped;
-        self.put_vm(record)
     }
 
     fn vm(&self, vm: VmId) -> Result<VmRecord, RegistryError> {
@@ -219,50 +175,100 @@ impl Change<'_> {
         read_vm(&table, &vm)?.ok_or(RegistryError::NoSuchVm { vm })
     }
 
-    /// The record, when `generation` is its current one.
-    fn owned(&self, vm: VmId, generation: Generation) -> Result<VmRecord, RegistryError> {
-        let record = self.vm(vm)?;
-        if record.generation == generation {
-            return Ok(record);
-        }
-        let VmRecord {
-            vm,
-            generation: current,
-            owner,
-            ..
-        } = record;
-        Err(RegistryError::Fenced {
-            vm,
-            asked: generation,
-            current,
-            owner,
-        })
+    fn node(&self, name: &str) -> Result<NodeRecord, RegistryError> {
+        let table = self.txn.open_table(NODES).map_err(storage)?;
+        let found = table.get(name).map_err(storage)?;
+        let bytes = found.ok_or_else(|| RegistryError::NoSuchNode {
+            name: name.to_owned(),
+        })?;
+        decode(bytes.value())
     }
 
-    fn put_vm(&self, mut record: VmRecord) -> Result<RegistryResponse, RegistryError> {
-        record.revision += 1;
-        record.changed_unix_ms = self.now;
+    fn put_vm(&mut self, record: &VmRecord) -> Result<(), RegistryError> {
         let mut table = self.txn.open_table(VMS).map_err(storage)?;
         table
-            .insert(record.vm.as_str(), encode(&record).as_slice())
+            .insert(record.vm.as_str(), encode(record).as_slice())
             .map_err(storage)?;
-        Ok(RegistryResponse::Vm(record))
+        self.changed.push(Changed::Vm {
+            vm: record.vm.clone(),
+        });
+        Ok(())
     }
 
-    fn forget(&self, vm: &VmId, force: bool) -> Result<RegistryResponse, RegistryError> {
-        let mut table = self.txn.open_table(VMS).map_err(storage)?;
-        let Some(record) = read_vm(&table, vm)? else {
+    fn put_node(&mut self, node: &NodeRecord) -> Result<(), RegistryError> {
+        let mut table = self.txn.open_table(NODES).map_err(storage)?;
+        table
+            .insert(node.name.as_str(), encode(node).as_slice())
+            .map_err(storage)?;
+        self.changed.push(Changed::Node {
+            name: node.name.clone(),
+        });
+        Ok(())
+    }
+
+    fn grant(
+        &mut self,
+        subject: LeaseSubject,
+        ttl_ms: u64,
+        lease: u64,
+    ) -> Result<RegistryResponse, RegistryError> {
+        let record = match &subject {
+            LeaseSubject::Node { name, id } => {
+                let node = self.node(name)?;
+                if node.id != *id {
+                    return Err(RegistryError::NodeTaken {
+                        name: node.name,
+                        address: node.address,
+                    });
+                }
+                None
+            }
+            LeaseSubject::Owner { vm, generation } => {
+                let mut record = self.vm(vm.clone())?;
+                rules::owned(&record, *generation)?;
+                record.leased = Some(generation.0);
+                self.put_vm(&record)?;
+                Some(record)
+            }
+        };
+        self.end_lease(&Key::from(&subject))?;
+        self.changed.push(super::leases::changed(&subject));
+        let granted = LeaseRecord { subject, ttl_ms };
+        let mut table = self.txn.open_table(LEASES).map_err(storage)?;
+        table
+            .insert(lease, encode(&granted).as_slice())
+            .map_err(storage)?;
+        self.lease_changes.push(LeaseChange::Grant(lease, granted));
+        Ok(RegistryResponse::Lease(Lease { id: lease, ttl_ms }, record))
+    }
+
+    fn end_lease(&mut self, key: &Key) -> Result<(), RegistryError> {
+        match self.leases.id_of(key) {
+            Some(id) => self.remove_lease(id),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes a lease out of the file, and after the commit out of memory.
+    pub(super) fn remove_lease(&mut self, id: u64) -> Result<(), RegistryError> {
+        let mut table = self.txn.open_table(LEASES).map_err(storage)?;
+        let removed = table.remove(id).map_err(storage)?;
+        if let Some(bytes) = removed {
+            let record: LeaseRecord = decode(bytes.value())?;
+            self.changed.push(super::leases::changed(&record.subject));
+        }
+        self.lease_changes.push(LeaseChange::Remove(id));
+        Ok(())
+    }
+
+    fn forget(&mut self, vm: &VmId, force: bool) -> Result<RegistryResponse, RegistryError> {
+        let Ok(record) = self.vm(vm.clone()) else {
             return Ok(RegistryResponse::Done);
         };
-        if record.state == VmState::Running && !force {
-            return Err(RegistryError::Invalid {
-                why: format!(
-                    "VM {vm} is recorded as running, owned by {}: stop it first by `vmm stop {vm}`, or, if its host is \
-                     gone, forget it with --force",
-                    record.owner
-                ),
-            });
-        }
+        rules::forgettable(&record, force)?;
+        self.end_lease(&Key::Vm(vm.as_str().to_owned()))?;
+        self.changed.push(Changed::Vm { vm: vm.clone() });
+        let mut table = self.txn.open_table(VMS).map_err(storage)?;
         table.remove(vm.as_str()).map_err(storage)?;
         let mut retired = self.txn.open_table(RETIRED).map_err(storage)?;
         retired
@@ -280,19 +286,13 @@ impl Change<'_> {
     }
 
     fn register(
-        &self,
+        &mut self,
         vm: VmId,
         generation: Generation,
         given: Vec<SegmentRecord>,
     ) -> Result<RegistryResponse, RegistryError> {
-        if given.len() > MAX_REGISTER_SEGMENTS {
-            let what = "segments in one request".into();
-            return Err(RegistryError::TooMany {
-                what,
-                max: MAX_REGISTER_SEGMENTS as u64,
-            });
-        }
-        let mut record = self.owned(vm, generation)?;
+        let mut record = self.vm(vm)?;
+        rules::owned(&record, generation)?;
         let mut table = self.txn.open_table(SEGMENTS).map_err(storage)?;
         let mut counts = self.txn.open_table(COUNTS).map_err(storage)?;
         let mut count = counts
@@ -300,36 +300,16 @@ impl Change<'_> {
             .map_err(storage)?
             .map_or(0, |v| v.value());
         let mut newest = record.newest.clone();
-        for mut segment in given {
-            check_segment(&record, &segment)?;
+        for segment in given {
+            rules::check_segment(&record, &segment)?;
             let (g, e) = position(&segment.name);
             let key = (record.vm.as_str(), g, e);
             let known = match table.get(key).map_err(storage)? {
                 Some(bytes) => Some(decode::<SegmentRecord>(bytes.value())?),
                 None => None,
             };
-            match known {
-                Some(old) if old.checkpoint != segment.checkpoint => {
-                    let SegmentRecord {
-                        name,
-                        checkpoint: given,
-                        ..
-                    } = segment;
-                    return Err(RegistryError::DuplicateName {
-                        name,
-                        held: old.checkpoint,
-                        given,
-                    });
-                }
-                Some(old) => {
-                    let more = old.holders.into_iter().filter(|h| !segment.holders.contains(h));
-                    let more: Vec<_> = more.collect();
-                    segment.holders.extend(more);
-                    segment.holders.sort();
-                    segment.holders.truncate(MAX_HOLDERS);
-                }
-                None => count += 1,
-            }
+            let (segment, new) = rules::registered(known, segment)?;
+            count += u64::from(new);
             if newest.as_ref().is_none_or(|n| n.name < segment.name) {
                 newest = Some(Held {
                     name: segment.name.clone(),
@@ -342,8 +322,10 @@ impl Change<'_> {
             count -= 1;
         }
         counts.insert(record.vm.as_str(), count).map_err(storage)?;
+        drop((table, counts));
         if newest != record.newest {
-            // Not a change that a compare-and-swap of the holders should stumble over: the revision stays.
+            // Not a change that a compare-and-swap of the holders should stumble over: the revision stays. Nor one
+            // that anyone waits for: it would wake them ten times a second.
             record.newest = newest;
             let mut vms = self.txn.open_table(VMS).map_err(storage)?;
             vms.insert(record.vm.as_str(), encode(&record).as_slice())
@@ -351,6 +333,10 @@ impl Change<'_> {
         }
         Ok(RegistryResponse::Done)
     }
+}
+
+fn not_a_change<T>(request: &RegistryRequest) -> Result<T, RegistryError> {
+    rules::invalid(format!("a question among changes: {request:.40?}"))
 }
 
 /// Drops the oldest record of a VM; false when there is none.
@@ -364,58 +350,4 @@ fn drop_oldest(table: &mut Segments<'_>, id: &str) -> Result<bool, RegistryError
     drop((key, all));
     table.remove((id, generation, epoch)).map_err(storage)?;
     Ok(true)
-}
-
-fn check_segment(record: &VmRecord, segment: &SegmentRecord) -> Result<(), RegistryError> {
-    let SegmentName { vm, generation, .. } = &segment.name;
-    if *vm != record.vm || *generation > record.generation {
-        let why = format!(
-            "segment {} cannot be registered for VM {} under generation {}",
-            segment.name, record.vm, record.generation
-        );
-        return Err(RegistryError::Invalid { why });
-    }
-    if segment.holders.len() > MAX_HOLDERS {
-        return Err(RegistryError::TooMany {
-            what: "holders".into(),
-            max: MAX_HOLDERS as u64,
-        });
-    }
-    segment.holders.iter().try_for_each(|h| check_text("holder", h))
-}
-
-fn check_holders(holders: &[String], ack_quorum: u32) -> Result<(), RegistryError> {
-    let invalid = |why: String| Err(RegistryError::Invalid { why });
-    if holders.len() > MAX_HOLDERS {
-        return Err(RegistryError::TooMany {
-            what: "holders".into(),
-            max: MAX_HOLDERS as u64,
-        });
-    }
-    for (i, holder) in holders.iter().enumerate() {
-        check_text("holder", holder)?;
-        if holders[..i].contains(holder) {
-            return invalid(format!(
-                "the holder {holder} is named twice: one holder counts once"
-            ));
-        }
-    }
-    if ack_quorum == 0 || ack_quorum as usize > holders.len() {
-        return invalid(format!(
-            "an ack quorum of {ack_quorum} with {} holders: it has to be from 1 to the number of holders",
-            holders.len()
-        ));
-    }
-    Ok(())
-}
-
-fn check_text(what: &str, text: &str) -> Result<(), RegistryError> {
-    let printable = !text.is_empty() && text.len() <= MAX_TEXT_BYTES && !text.chars().any(char::is_control);
-    if printable {
-        return Ok(());
-    }
-    let shown: String = text.chars().take(40).collect();
-    Err(RegistryError::Invalid {
-        why: format!("{shown:?} is no {what}: use 1 to {MAX_TEXT_BYTES} printable bytes"),
-    })
 }
