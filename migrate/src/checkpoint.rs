@@ -8,8 +8,12 @@
 //!
 //! The guest stands still only inside [`Source::capture`]; everything after it works on the copy.
 
+mod cache;
 mod encode;
+mod level;
 mod ordered;
+#[cfg(test)]
+mod tests;
 
 use std::error::Error;
 use std::fmt;
@@ -20,6 +24,7 @@ use segment::{CheckpointId, PageIndex, Record, Space};
 
 pub(crate) use encode::MAX_THREADS;
 pub use encode::{EncodeError, EncodeOptions, EncodePool};
+pub use level::{LevelControl, MAX_LEVEL, Seen};
 
 /// What is asked of a [`Source`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,6 +117,26 @@ pub struct CapturedPages {
     /// Their bytes in the same order, `pages.len() * space.page_bytes` long; or the whole space, when it is
     /// [sparse](PageBytes::sparse); or what reads them, when they are [deferred](PageBytes::deferred).
     pub data: PageBytes,
+}
+
+impl CapturedPages {
+    /// The bytes of the `at`th of its pages; none when they are [deferred](PageBytes::deferred).
+    ///
+    /// # Panics
+    /// When there is no such page, or the bytes are not those of the pages: [`EncodePool::encode`] checks that first.
+    pub(crate) fn page(&self, at: usize) -> Option<&[u8]> {
+        if self.data.reader().is_some() {
+            return None;
+        }
+        let page_bytes = self.space.page_bytes as usize;
+        let place = if self.data.is_sparse() {
+            // The whole space is in memory, so its page numbers are sizes.
+            self.pages[at].0 as usize
+        } else {
+            at
+        };
+        Some(&self.data.as_ref()[place * page_bytes..][..page_bytes])
+    }
 }
 
 /// A guest at one instant, whole (full) or as what changed (delta).

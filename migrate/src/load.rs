@@ -1,37 +1,43 @@
 //! From a chain of segments to the pages of a new VM.
 //!
 //! ```text
-//! newest   [ d d . z . . ]      d: data, written to the target     z: zero, nothing to write
-//!          [ . d d d . . ]      a page that a newer link decided is skipped; a frame of only such pages is not read
+//! newest   [ d d . z x . ]      d: data, written to the target     z: zero, nothing to write
+//!          [ . d d d x . ]      a page that a newer link decided is skipped; a frame of only such pages is not read
 //! full     [ d d d . d . ]      what no link has is zero
 //! ```
 //!
-//! Newest first, so every page is written at most once, and old versions of pages are mostly not even decompressed.
-//! One bit a page says "decided"; threads share the frames of one link, and links come one after the other.
+//! Newest first, so old versions of pages are mostly not even decompressed. One bit a page says "decided"; threads
+//! share the frames of one link, and links come one after the other.
+//!
+//! A change (x) does not decide its page. The target's memory takes the changes up, XOR being the same in whatever
+//! order, until a link has the page whole; then the newest change's check says whether it came out right.
 //!
 //! What it never does: it does not know what a register is, and it does not repair: a chain that does not fit is an
 //! error that names the link.
 
 mod decided;
 mod error;
+mod pending;
 #[cfg(test)]
 mod tests;
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use segment::{
-    CheckpointId, FrameBuf, FrameEntry, Manifest, PageIndex, Record, SegmentName, SegmentReader, Space,
-    SpaceId,
+    CheckpointId, FormatError, FrameBuf, FrameEntry, Manifest, PageCheck, PageIndex, Record, RunData,
+    SegmentName, SegmentReader, Space, SpaceId, xor_into,
 };
 
 use crate::checkpoint::MAX_THREADS;
 use crate::store::{ChainError, Entry, FsStore, MAX_CHAIN_LINKS, Reading, StoreError, chain_of};
 use decided::Decided;
 pub use error::{LoadError, TargetError};
+use pending::Pending;
 
 /// With up to this many frames of a link no thread is started for it.
 const INLINE_FRAMES: usize = 4;
@@ -44,12 +50,19 @@ pub const MAX_LOAD_PAGES: u64 = 1 << 32;
 
 /// Where pages go: the address spaces of a VM that does not run yet. The monitor implements it.
 pub trait Target: Sync {
-    /// Writes whole pages of `space` from page `first` on. Called from several threads, for disjoint pages, each at
-    /// most once; a page never written is zero.
+    /// Writes whole pages of `space` from page `first` on. Called from several threads, for disjoint pages; a page never
+    /// written is zero. A page is written again only after it was [read](Self::read).
     ///
     /// # Errors
     /// When the space is not there or the pages are not inside it.
     fn write(&self, space: SpaceId, first: PageIndex, data: &[u8]) -> Result<(), TargetError>;
+
+    /// Reads whole pages back, as they were written (or zero): what was written may be the change of a page, which
+    /// older changes are added to. Called as [`Self::write`] is, never for a page that another thread writes.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    fn read(&self, space: SpaceId, first: PageIndex, data: &mut [u8]) -> Result<(), TargetError>;
 }
 
 /// What a load did.
@@ -284,21 +297,16 @@ impl LoadPlan {
         self.links.len()
     }
 
-    /// Writes every page that is not zero to `target`, each once, with up to `threads` threads. The target's spaces
+    /// Writes every page that is not zero to `target`, with up to `threads` threads. The target's spaces
     /// are those of [`Self::spaces`], and zero. After an error some pages are written and some are not.
     ///
     /// # Errors
     /// The first thing that is damaged, or that the target did not take.
     pub fn load_into<T: Target>(&self, target: &T, threads: usize) -> Result<LoadStats, LoadError> {
-        let decided = self
-            .manifest
-            .spaces
-            .iter()
-            .map(|space| (space.id, Decided::new(space.pages)))
-            .collect();
+        let spaces = self.manifest.spaces.iter();
         let load = Load {
             target,
-            decided,
+            spaces: spaces.map(|space| (space.id, Loading::new(space))).collect(),
             threads: threads.clamp(1, MAX_THREADS),
             counts: Counts::default(),
         };
@@ -306,6 +314,7 @@ impl LoadPlan {
         for link in &self.links {
             with_reader(link, |reader| load.link(&link.entry.name, reader, &mut buf))?;
         }
+        load.nothing_pending()?;
         Ok(load.counts.stats(self.links.len()))
     }
 }
@@ -365,9 +374,27 @@ fn with_reader<R>(
 /// One run of [`LoadPlan::load_into`].
 struct Load<'a, T> {
     target: &'a T,
-    decided: HashMap<SpaceId, Decided>,
+    spaces: HashMap<SpaceId, Loading>,
     threads: usize,
     counts: Counts,
+}
+
+/// How far a space is.
+struct Loading {
+    page_bytes: usize,
+    decided: Decided,
+    /// The pages of which only changes have been met.
+    pending: Pending,
+}
+
+impl Loading {
+    fn new(space: &Space) -> Self {
+        Self {
+            page_bytes: space.page_bytes as usize,
+            decided: Decided::new(space.pages),
+            pending: Pending::default(),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -446,7 +473,12 @@ impl<T: Target> Load<'_, T> {
         };
         let entry: &FrameEntry = &reader.index()[i];
         // The reader has checked every entry against the manifest, whose spaces these are.
-        let Some(decided) = self.decided.get(&entry.space) else {
+        let Some(Loading {
+            page_bytes,
+            decided,
+            pending,
+        }) = self.spaces.get(&entry.space)
+        else {
             return Ok(());
         };
         if decided.all(entry.first_page.0..entry.end_page.0) {
@@ -455,29 +487,137 @@ impl<T: Target> Load<'_, T> {
         }
         let frame = reader.read_frame(i, buf).map_err(damaged)?;
         self.counts.read.fetch_add(1, Ordering::Relaxed);
+        let place = Place {
+            name,
+            space: entry.space,
+            page_bytes: *page_bytes,
+        };
         for (pages, data) in frame.runs() {
             let first = pages.start;
-            let length = usize::try_from(pages.end - pages.start).unwrap_or(usize::MAX);
-            decided.decide(pages, |free| {
-                let Some(data) = data else { return Ok(()) };
-                let page_bytes = data.len() / length;
-                let start = usize::try_from(free.start - first).unwrap_or(usize::MAX) * page_bytes;
-                let end = usize::try_from(free.end - first).unwrap_or(usize::MAX) * page_bytes;
-                let (page, bytes) = (PageIndex(free.start), &data[start..end]);
-                self.counts
-                    .pages
-                    .fetch_add(free.end - free.start, Ordering::Relaxed);
-                self.counts.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-                self.target
-                    .write(entry.space, page, bytes)
-                    .map_err(|source| LoadError::Target {
-                        name: name.clone(),
-                        space: entry.space,
-                        page,
-                        source,
+            // The bytes of some of the run's pages.
+            let some = |some: &Range<u64>| {
+                to_usize(some.start - first) * page_bytes..to_usize(some.end - first) * page_bytes
+            };
+            match data {
+                RunData::Changes { xor, checks } => {
+                    for (page, check) in pages.zip(checks) {
+                        if !decided.all(page..page + 1) {
+                            let first = pending.note(page, PageCheck(*check), name);
+                            let xor = &xor[some(&(page..page + 1))];
+                            self.change(&place, page, xor, first)?;
+                        }
+                    }
+                }
+                RunData::Zero => decided.decide(pages, |free| {
+                    pending.take(free, |run, change| match change {
+                        Some(change) => self.settle(&place, run.start, None, &change),
+                        None => Ok(()),
                     })
-            })?;
+                })?,
+                RunData::Data(data) => decided.decide(pages, |free| {
+                    pending.take(free, |run, change| {
+                        let bytes = &data[some(&run)];
+                        match change {
+                            Some(change) => self.settle(&place, run.start, Some(bytes), &change),
+                            None => self.write(&place, run.start, run.end - run.start, bytes),
+                        }
+                    })
+                })?,
+            }
         }
         Ok(())
     }
+
+    /// Takes up a change: the page is what it was changed by so far. `first`: there is nothing yet.
+    fn change(&self, place: &Place<'_>, page: u64, xor: &[u8], first: bool) -> Result<(), LoadError> {
+        if first {
+            return self.write(place, page, 1, xor);
+        }
+        let mut content = vec![0; xor.len()];
+        self.read(place, page, &mut content)?;
+        xor_into(&mut content, xor);
+        self.write(place, page, 0, &content)
+    }
+
+    /// The page's changes have met what they are changes of: its content, or zero.
+    fn settle(
+        &self,
+        place: &Place<'_>,
+        page: u64,
+        base: Option<&[u8]>,
+        change: &pending::Change,
+    ) -> Result<(), LoadError> {
+        let mut content = vec![0; place.page_bytes];
+        self.read(place, page, &mut content)?;
+        if let Some(base) = base {
+            xor_into(&mut content, base);
+        }
+        if PageCheck::of(&content) != change.check {
+            let what = format!(
+                "page {page} of space {} as a change of what {} has",
+                place.space, place.name
+            );
+            return Err(LoadError::Segment {
+                name: change.link.clone(),
+                source: FormatError::Digest { what: what.into() },
+            });
+        }
+        match base {
+            Some(_) => self.write(place, page, 0, &content),
+            None => Ok(()),
+        }
+    }
+
+    /// Every change has met what it is a change of.
+    fn nothing_pending(&self) -> Result<(), LoadError> {
+        for (space, Loading { pending, .. }) in &self.spaces {
+            if let Some((page, change)) = pending.any() {
+                return Err(LoadError::NoBase {
+                    name: change.link,
+                    space: *space,
+                    page: PageIndex(page),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes`, of which `pages` pages were not written before.
+    fn write(&self, place: &Place<'_>, page: u64, pages: u64, bytes: &[u8]) -> Result<(), LoadError> {
+        if pages > 0 {
+            self.counts.pages.fetch_add(pages, Ordering::Relaxed);
+            self.counts.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        }
+        self.target
+            .write(place.space, PageIndex(page), bytes)
+            .map_err(|source| place.failed(page, source))
+    }
+
+    fn read(&self, place: &Place<'_>, page: u64, bytes: &mut [u8]) -> Result<(), LoadError> {
+        self.target
+            .read(place.space, PageIndex(page), bytes)
+            .map_err(|source| place.failed(page, source))
+    }
+}
+
+/// What is being loaded, for errors.
+struct Place<'a> {
+    name: &'a SegmentName,
+    space: SpaceId,
+    page_bytes: usize,
+}
+
+impl Place<'_> {
+    fn failed(&self, page: u64, source: TargetError) -> LoadError {
+        LoadError::Target {
+            name: self.name.clone(),
+            space: self.space,
+            page: PageIndex(page),
+            source,
+        }
+    }
+}
+
+fn to_usize(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
 }

@@ -22,7 +22,9 @@ use std::time::{Duration, Instant};
 
 use segment::{CheckpointId, Epoch, Generation, Kind, Manifest, SegmentName, Summary, VmId};
 
-use crate::checkpoint::{CaptureKind, Captured, EncodeError, EncodeOptions, EncodePool, Source, SourceError};
+use crate::checkpoint::{
+    CaptureKind, Captured, EncodeError, EncodeOptions, EncodePool, LevelControl, Seen, Source, SourceError,
+};
 use crate::store::{Entry, FsStore, StoreError, Stored};
 
 /// Deltas on one full checkpoint, unless told otherwise.
@@ -39,6 +41,8 @@ pub struct ProtectOptions {
     pub producer: String,
     /// Deltas on one full checkpoint, after which the next is full.
     pub max_links: u32,
+    /// The most bytes of pages kept as they were last stored: one that is written again is stored as a change.
+    pub delta_cache: usize,
     /// What the first checkpoint builds on. `None` makes it full; a VM restored from a checkpoint, whose monitor
     /// tracks dirty pages from that state on, gives that one.
     pub first: Option<Parent>,
@@ -53,6 +57,7 @@ impl Default for ProtectOptions {
             threads,
             producer,
             max_links: DEFAULT_MAX_LINKS,
+            delta_cache: 0,
             first: None,
         }
     }
@@ -263,6 +268,7 @@ pub struct Protector<S: Source> {
     source: S,
     store: Arc<FsStore>,
     pool: EncodePool,
+    level: LevelControl,
     producer: String,
     sequence: Sequence,
 }
@@ -283,6 +289,7 @@ impl<S: Source> Protector<S> {
             threads,
             producer,
             max_links,
+            delta_cache,
             first,
         } = options;
         let of_generation = |entry: &Entry| (entry.name.generation == generation).then_some(entry.name.epoch);
@@ -292,11 +299,12 @@ impl<S: Source> Protector<S> {
             .filter_map(of_generation)
             .max()
             .unwrap_or_default();
-        let pool = EncodePool::new(EncodeOptions { level, threads });
+        let pool = EncodePool::with_delta_cache(EncodeOptions { level, threads }, delta_cache);
         Self {
             source,
             store,
             pool,
+            level: LevelControl::new(level),
             producer,
             sequence: Sequence::new(vm, generation, last, first, max_links),
         }
@@ -352,6 +360,12 @@ impl<S: Source> Protector<S> {
                 name: name(),
                 source: Box::new(source),
             })
+    }
+
+    /// Adapts the compression level to what was seen with the last checkpoint: how long it took, and how much waits
+    /// to be shipped.
+    pub fn adapt(&mut self, seen: Seen) {
+        self.pool.set_level(self.level.after(seen));
     }
 
     /// Makes the next checkpoint a full one: a holder has nothing the next delta could build on.

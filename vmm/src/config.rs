@@ -282,6 +282,22 @@ pub struct MetricsConfig {
     pub metrics_path: PathBuf,
 }
 
+/// How checkpoints are written.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointConfig {
+    /// The most bytes of pages that are kept as they were last stored, so that a page written again is stored as a
+    /// change; none when left out.
+    #[serde(default)]
+    pub delta_cache_bytes: u64,
+}
+
+impl CheckpointConfig {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// The local store of the VM's checkpoints.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -316,6 +332,9 @@ pub struct VmConfig {
     /// Where its checkpoints are kept on this host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub store: Option<StoreConfig>,
+    /// How its checkpoints are written.
+    #[serde(default, skip_serializing_if = "CheckpointConfig::is_default")]
+    pub checkpoints: CheckpointConfig,
     /// Where copies of it go.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protection: Option<Protection>,

@@ -20,6 +20,7 @@ use segment::{Generation, SegmentName, VmId};
 use tokio::sync::mpsc;
 
 use crate::boot::BootSource;
+use crate::config::CheckpointConfig;
 use crate::control::{RunState, VmHandle};
 use crate::replica::{RamTarget, VmSource};
 use crate::state;
@@ -46,6 +47,8 @@ pub struct SessionConfig {
     pub store: PathBuf,
     /// The most bytes they may take.
     pub store_budget: Option<u64>,
+    /// How its checkpoints are written.
+    pub checkpoints: CheckpointConfig,
     /// Protection from the start.
     pub protection: Option<Protection>,
     /// The generation this process owns; `None` to be given one by the registry (a new VM), or 1 without one.
@@ -211,6 +214,7 @@ impl Session {
             threads: cores(),
             producer: crate::PRODUCER.into(),
             max_links: MAX_LINKS,
+            delta_cache: usize::try_from(config.checkpoints.delta_cache_bytes).unwrap_or(usize::MAX),
             first: parent,
         };
         let spool = Spool::new(Arc::clone(&store), config.name.clone(), options.level);

@@ -16,6 +16,7 @@ fn config(name: &str, store: &Path) -> SessionConfig {
         name: name.parse().unwrap(),
         store: store.to_owned(),
         store_budget: None,
+        checkpoints: Default::default(),
         protection: None,
         generation: None,
     }

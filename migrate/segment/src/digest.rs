@@ -1,10 +1,13 @@
 //! Digests: blake3 in key-derivation mode, a context for each use, so that no digest can stand in for another.
 
+use std::sync::LazyLock;
+
 use crate::Digest;
 
 const ROOT: &str = "understudy segment v1 root";
 const HEADER: &str = "understudy segment v1 header";
 const FRAME: &str = "understudy segment v1 frame";
+const PAGE: &str = "understudy segment v1 page";
 const RECORDS: &str = "understudy segment v1 records in memory";
 
 /// The hasher of the root digest.
@@ -26,6 +29,12 @@ pub(crate) fn of_header(bytes: &[u8]) -> Digest {
 /// The digest of a frame as stored.
 pub(crate) fn of_frame(stored: &[u8]) -> Digest {
     finish(blake3::Hasher::new_derive_key(FRAME).update(stored))
+}
+
+/// The hasher of a page's check; making one costs as much as hashing a short page.
+pub(crate) fn page(content: &[u8]) -> Digest {
+    static HASHER: LazyLock<blake3::Hasher> = LazyLock::new(|| blake3::Hasher::new_derive_key(PAGE));
+    finish(HASHER.clone().update(content))
 }
 
 /// What a hasher came to.

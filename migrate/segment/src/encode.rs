@@ -3,9 +3,13 @@
 use zstd::bulk::Compressor;
 
 use crate::error::at_most;
-use crate::frame::{KIND_DATA, KIND_ZERO, put_varint};
+use crate::frame::{KIND_CHANGE, KIND_DATA, KIND_SAME, KIND_ZERO, PageCheck, put_varint};
 use crate::index::{Codec, FrameEntry, PageIndex};
 use crate::{FormatError, Space, digest, limits};
+
+/// A page that differs from its base in more than one in so many words is stored whole: what is left of it would
+/// not compress better as a change.
+const MOST_CHANGED: usize = 2;
 
 /// A frame, ready to be pushed to a [`SegmentWriter`](crate::SegmentWriter).
 #[derive(Debug, Clone)]
@@ -16,10 +20,44 @@ pub struct EncodedFrame {
     pub bytes: Vec<u8>,
 }
 
+/// A page on its way into a frame.
+#[derive(Debug, Clone, Copy)]
+pub struct PageIn<'a> {
+    /// Which.
+    pub page: PageIndex,
+    /// What is known of it.
+    pub form: Form<'a>,
+}
+
+/// What is known of a page that is to be stored. Bytes are always those of one whole page.
+#[derive(Debug, Clone, Copy)]
+pub enum Form<'a> {
+    /// Its content. Whether it is zero is found out by the encoder.
+    Data(&'a [u8]),
+    /// Its content, and the one it has in the parent: stored as a change where that is shorter, and left out when
+    /// they are the same. Only in a delta.
+    Changed {
+        /// What it is now.
+        now: &'a [u8],
+        /// What it is in the parent.
+        base: &'a [u8],
+    },
+    /// A change that was made before, as read from another segment. Only in a delta.
+    Change {
+        /// Content XOR the content in the parent.
+        xor: &'a [u8],
+        /// Of the content.
+        check: PageCheck,
+    },
+    /// It has the content of an earlier page of the segment, one that is stored whole.
+    Same(PageIndex),
+}
+
 /// Makes frames. Use one per thread and for many frames: it keeps its zstd context and its scratch memory.
 pub struct FrameEncoder {
     level: i32,
-    compressor: Option<Compressor<'static>>,
+    /// And the level it was set to.
+    compressor: Option<(Compressor<'static>, i32)>,
     runs: Vec<Run>,
     raw: Vec<u8>,
     compressed: Vec<u8>,
@@ -31,8 +69,19 @@ struct Run {
     kind: u8,
     first: u64,
     pages: u64,
-    /// Which page of the input is its first.
+    /// Which of the input is its first.
     input: usize,
+    /// The page they are all the same as.
+    source: u64,
+}
+
+/// How many pages there are of each kind.
+#[derive(Debug, Clone, Copy, Default)]
+struct Counts {
+    data: u32,
+    zero: u32,
+    same: u16,
+    change: u16,
 }
 
 impl std::fmt::Debug for FrameEncoder {
@@ -56,6 +105,11 @@ impl FrameEncoder {
         }
     }
 
+    /// Compresses what comes from now on at this level.
+    pub fn set_level(&mut self, level: i32) {
+        self.level = level;
+    }
+
     /// Makes a frame of `pages` of `space`, ascending and each once, whose bytes are back to back in `data`: at
     /// best [`pages_per_frame`](crate::pages_per_frame) of them. Zero pages are found here: left out of a `full`
     /// segment, noted in a delta. `None` when nothing is left to store.
@@ -70,14 +124,42 @@ impl FrameEncoder {
         pages: &[PageIndex],
         data: &[u8],
     ) -> Result<Option<EncodedFrame>, FormatError> {
-        check(space, pages, data)?;
+        space.validate()?;
         let page_bytes = space.page_bytes as usize;
-        self.find_runs(full, pages, data, page_bytes);
+        let limit = |what: &'static str, is: usize, max: u32| at_most(|| what, is as u64, max.into());
+        limit("pages of a frame", pages.len(), limits::MAX_FRAME_PAGES)?;
+        limit("page data of a frame", data.len(), limits::MAX_FRAME_DATA_BYTES)?;
+        if data.len() != pages.len() * page_bytes {
+            let why = format!("{} bytes for {} pages of {page_bytes}", data.len(), pages.len());
+            return Err(FormatError::invalid("page data of a frame", why));
+        }
+        let forms = data.chunks_exact(page_bytes).map(Form::Data);
+        let pages: Vec<PageIn<'_>> = pages
+            .iter()
+            .zip(forms)
+            .map(|(&page, form)| PageIn { page, form })
+            .collect();
+        self.encode_pages(space, full, &pages)
+    }
+
+    /// The same of pages that are known in different forms.
+    ///
+    /// # Errors
+    /// As [`Self::encode`]; and when a page's bytes are not as long as a page, when one is said to be the same as
+    /// one that does not come before it, and when a change is to go into a full segment.
+    pub fn encode_pages(
+        &mut self,
+        space: &Space,
+        full: bool,
+        pages: &[PageIn<'_>],
+    ) -> Result<Option<EncodedFrame>, FormatError> {
+        check(space, full, pages)?;
+        self.find_runs(full, pages);
         let (Some(first), Some(last)) = (self.runs.first(), self.runs.last()) else {
             return Ok(None);
         };
         let (first_page, end_page) = (PageIndex(first.first), PageIndex(last.first + last.pages));
-        let (data_pages, zero_pages) = self.fill_raw(data, page_bytes);
+        let counts = self.fill_raw(pages);
         let (codec, bytes) = self.compress()?;
         let entry = FrameEntry {
             space: space.id,
@@ -88,76 +170,130 @@ impl FrameEncoder {
             // `check` keeps a frame within MAX_FRAME_RAW_BYTES, far below 4 GiB.
             stored_bytes: bytes.len() as u32,
             raw_bytes: self.raw.len() as u32,
-            data_pages,
-            zero_pages,
+            data_pages: counts.data,
+            zero_pages: counts.zero,
+            same_pages: counts.same,
+            change_pages: counts.change,
             digest: digest::of_frame(&bytes),
         };
         Ok(Some(EncodedFrame { entry, bytes }))
     }
 
-    fn find_runs(&mut self, full: bool, pages: &[PageIndex], data: &[u8], page_bytes: usize) {
+    fn find_runs(&mut self, full: bool, pages: &[PageIn<'_>]) {
         self.runs.clear();
-        for (input, (page, bytes)) in pages.iter().zip(data.chunks_exact(page_bytes)).enumerate() {
-            let kind = if is_zero(bytes) { KIND_ZERO } else { KIND_DATA };
+        for (input, PageIn { page, form }) in pages.iter().enumerate() {
+            let mut source = 0;
+            let kind = match form {
+                Form::Data(bytes) if is_zero(bytes) => KIND_ZERO,
+                Form::Data(_) => KIND_DATA,
+                Form::Changed { now, .. } if is_zero(now) => KIND_ZERO,
+                Form::Changed { now, base } => match changed_words(now, base) {
+                    0 => continue,
+                    words if words <= now.len() / 8 / MOST_CHANGED => KIND_CHANGE,
+                    _ => KIND_DATA,
+                },
+                Form::Change { .. } => KIND_CHANGE,
+                Form::Same(of) => {
+                    source = of.0;
+                    KIND_SAME
+                }
+            };
             if full && kind == KIND_ZERO {
                 continue;
             }
             match self.runs.last_mut() {
-                Some(run) if run.kind == kind && run.first + run.pages == page.0 => run.pages += 1,
+                Some(run)
+                    if run.kind == kind
+                        && run.first + run.pages == page.0
+                        && run.source == source
+                        // The data of a run is that of as many pages of the input.
+                        && run.input + run.pages as usize == input =>
+                {
+                    run.pages += 1;
+                }
                 _ => self.runs.push(Run {
                     kind,
                     first: page.0,
                     pages: 1,
                     input,
+                    source,
                 }),
             }
         }
     }
 
-    /// Writes the page table and the data of the runs; returns how many pages have data and how many are zero.
-    fn fill_raw(&mut self, data: &[u8], page_bytes: usize) -> (u32, u32) {
-        self.raw.clear();
+    /// Writes the page table, the checks of changes, and the data.
+    fn fill_raw(&mut self, pages: &[PageIn<'_>]) -> Counts {
+        let raw = &mut self.raw;
+        raw.clear();
         // At most MAX_FRAME_PAGES.
-        self.raw
-            .extend_from_slice(&(self.runs.len() as u32).to_le_bytes());
+        raw.extend_from_slice(&(self.runs.len() as u32).to_le_bytes());
         let mut page = self.runs.first().map_or(0, |run| run.first);
-        let (mut data_pages, mut zero_pages) = (0, 0);
+        let mut counts = Counts::default();
         for run in &self.runs {
-            self.raw.push(run.kind);
-            put_varint(&mut self.raw, run.first - page);
-            put_varint(&mut self.raw, run.pages);
+            raw.push(run.kind);
+            put_varint(raw, run.first - page);
+            put_varint(raw, run.pages);
             page = run.first + run.pages;
-            *(if run.kind == KIND_DATA {
-                &mut data_pages
-            } else {
-                &mut zero_pages
-            }) += run.pages as u32;
+            let pages = run.pages as u32;
+            match run.kind {
+                KIND_ZERO => counts.zero += pages,
+                KIND_SAME => {
+                    // `check` has seen that the source comes before.
+                    put_varint(raw, run.first - run.source);
+                    counts.same += pages as u16;
+                }
+                KIND_CHANGE => {
+                    counts.data += pages;
+                    counts.change += pages as u16;
+                }
+                _ => counts.data += pages,
+            }
         }
-        for run in self.runs.iter().filter(|run| run.kind == KIND_DATA) {
-            let bytes = run.pages as usize * page_bytes;
-            self.raw
-                .extend_from_slice(&data[run.input * page_bytes..][..bytes]);
+        let inputs = |run: &Run| &pages[run.input..run.input + run.pages as usize];
+        for input in self
+            .runs
+            .iter()
+            .filter(|run| run.kind == KIND_CHANGE)
+            .flat_map(inputs)
+        {
+            match input.form {
+                Form::Changed { now, .. } => raw.extend_from_slice(&PageCheck::of(now).0),
+                Form::Change { check, .. } => raw.extend_from_slice(&check.0),
+                Form::Data(_) | Form::Same(_) => {}
+            }
         }
-        (data_pages, zero_pages)
+        for run in &self.runs {
+            for input in inputs(run) {
+                match (run.kind, input.form) {
+                    (KIND_CHANGE, Form::Changed { now, base }) => put_xor(raw, now, base),
+                    (KIND_CHANGE, Form::Change { xor, .. }) => raw.extend_from_slice(xor),
+                    (KIND_DATA, Form::Data(now) | Form::Changed { now, .. }) => raw.extend_from_slice(now),
+                    (_, Form::Data(_) | Form::Changed { .. } | Form::Change { .. } | Form::Same(_)) => {}
+                }
+            }
+        }
+        counts
     }
 
     fn compress(&mut self) -> Result<(Codec, Vec<u8>), FormatError> {
-        let failed = |source| FormatError::Zstd {
-            action: "compress",
-            what: "a frame".into(),
-            source,
-        };
         let room = zstd::zstd_safe::compress_bound(self.raw.len());
         if self.compressed.len() < room {
             self.compressed.resize(room, 0);
         }
-        let compressor = match &mut self.compressor {
-            Some(compressor) => compressor,
-            none => none.insert(Compressor::new(self.level).map_err(failed)?),
+        let (compressor, level) = match &mut self.compressor {
+            Some(made) => made,
+            none => none.insert((Compressor::new(self.level).map_err(compress_failed)?, self.level)),
         };
+        if *level != self.level {
+            compressor
+                .set_compression_level(self.level)
+                .map_err(compress_failed)?;
+            *level = self.level;
+        }
         let length = compressor
             .compress_to_buffer(&self.raw, self.compressed.as_mut_slice())
-            .map_err(failed)?;
+            .map_err(compress_failed)?;
         if length < self.raw.len() {
             Ok((Codec::Zstd, self.compressed[..length].to_vec()))
         } else {
@@ -166,7 +302,15 @@ impl FrameEncoder {
     }
 }
 
-fn check(space: &Space, pages: &[PageIndex], data: &[u8]) -> Result<(), FormatError> {
+fn compress_failed(source: std::io::Error) -> FormatError {
+    FormatError::Zstd {
+        action: "compress",
+        what: "a frame".into(),
+        source,
+    }
+}
+
+fn check(space: &Space, full: bool, pages: &[PageIn<'_>]) -> Result<(), FormatError> {
     space.validate()?;
     at_most(
         || "pages of a frame",
@@ -175,31 +319,59 @@ fn check(space: &Space, pages: &[PageIndex], data: &[u8]) -> Result<(), FormatEr
     )?;
     at_most(
         || "page data of a frame",
-        data.len() as u64,
+        pages.len() as u64 * u64::from(space.page_bytes),
         limits::MAX_FRAME_DATA_BYTES.into(),
     )?;
-    if data.len() != pages.len() * space.page_bytes as usize {
-        let why = format!(
-            "{} bytes for {} pages of {}",
-            data.len(),
-            pages.len(),
-            space.page_bytes
-        );
-        return Err(FormatError::invalid("page data of a frame", why));
-    }
-    if !pages.is_sorted_by(|a, b| a < b) {
+    if !pages.is_sorted_by(|a, b| a.page < b.page) {
         return Err(FormatError::invalid(
             "pages of a frame",
             "they have to ascend, each once",
         ));
     }
-    match pages.last() {
-        Some(last) if last.0 >= space.pages => {
-            let why = format!("page {last} of space {}, which has {}", space.id, space.pages);
-            Err(FormatError::invalid("pages of a frame", why))
-        }
-        _ => Ok(()),
+    if let Some(last) = pages.last().filter(|last| last.page.0 >= space.pages) {
+        let why = format!(
+            "page {} of space {}, which has {}",
+            last.page, space.id, space.pages
+        );
+        return Err(FormatError::invalid("pages of a frame", why));
     }
+    for PageIn { page, form } in pages {
+        let bad = |why: &'static str| Err(FormatError::invalid(format!("page {page}"), why));
+        let page_bytes = space.page_bytes as usize;
+        let whole = match form {
+            Form::Data(bytes) => bytes.len() == page_bytes,
+            Form::Changed { now, base } => now.len() == page_bytes && base.len() == page_bytes,
+            Form::Change { xor, .. } => xor.len() == page_bytes,
+            Form::Same(source) if source >= page => return bad("it is the same as one that comes after it"),
+            Form::Same(_) => true,
+        };
+        if !whole {
+            return bad("its bytes are not as long as a page");
+        }
+        if full && matches!(form, Form::Changed { .. } | Form::Change { .. }) {
+            return bad("a full segment has nothing that a page could be a change of");
+        }
+    }
+    Ok(())
+}
+
+/// How many words of 8 bytes differ.
+fn changed_words(a: &[u8], b: &[u8]) -> usize {
+    let (a, _) = a.as_chunks::<8>();
+    let (b, _) = b.as_chunks::<8>();
+    a.iter().zip(b).map(|(a, b)| usize::from(a != b)).sum()
+}
+
+/// Appends `a` XOR `b`.
+fn put_xor(out: &mut Vec<u8>, a: &[u8], b: &[u8]) {
+    let start = out.len();
+    out.extend_from_slice(a);
+    xor_into(&mut out[start..], b);
+}
+
+/// `to ^= from`, for as many bytes as both have.
+pub fn xor_into(to: &mut [u8], from: &[u8]) {
+    to.iter_mut().zip(from).for_each(|(to, from)| *to ^= from);
 }
 
 /// Whether every byte is zero. Reads 64 bytes at a time and stops at the first that has something: a page with

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::io;
 
-use crate::{SegmentName, limits};
+use crate::{Features, SegmentName, limits};
 
 /// Where in a segment something is wrong: a field, a frame, a record.
 pub type Place = Cow<'static, str>;
@@ -27,12 +27,15 @@ pub enum FormatError {
     },
     /// The segment uses features a reader has to know, and this one does not.
     #[error(
-        "the segment needs features this program does not have (bits {bits:#x}): \
-         read it with the version that wrote it, or a later one"
+        "the segment needs features this program does not have ({}): \
+         read it with the version that wrote it, or a later one",
+        feature_names(*features, names)
     )]
     UnknownFeatures {
-        /// The unknown bits.
-        bits: u64,
+        /// Those it does not know.
+        features: Features,
+        /// What the segment's manifest calls the features it needs, where that could be read.
+        names: Vec<String>,
     },
     /// There are fewer bytes than there have to be.
     #[error("{what} is cut short: {need} bytes needed, {have} there; copy the segment again")]
@@ -97,6 +100,15 @@ pub enum FormatError {
         #[source]
         source: io::Error,
     },
+}
+
+/// The features by the names that the segment gives them, else by their bits.
+fn feature_names(features: Features, names: &[String]) -> String {
+    if names.is_empty() {
+        features.to_string()
+    } else {
+        format!("{}; {features}", names.join(", "))
+    }
 }
 
 impl FormatError {
@@ -193,6 +205,19 @@ pub enum MergeError {
         /// Why not.
         #[source]
         source: FormatError,
+    },
+    /// A page is a change of one that none of the segments before has, down to a full one.
+    #[error(
+        "page {page} of space {space} in segment {name} is a change of a page that no earlier segment has: \
+         fetch the chain from another holder"
+    )]
+    NoBase {
+        /// Where the change is.
+        name: SegmentName,
+        /// The space.
+        space: crate::SpaceId,
+        /// The page.
+        page: crate::PageIndex,
     },
     /// The result could not be written.
     #[error("write the merged segment {name}")]

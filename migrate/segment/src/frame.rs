@@ -1,24 +1,51 @@
 //! Frames: a page table and the data of its pages, decompressed and checked.
 //!
 //! ```text
-//! | run count u32 | per run: kind u8, gap varint, pages varint | data of the data runs, back to back |
+//! | run count u32 | per run: kind u8, gap varint, pages varint | checks of changes | data, back to back |
 //! ```
 //!
 //! A gap counts the pages since the end of the run before (since the frame's first page for the first run). Kind 1
-//! is data, 2 is zero. Varints are LEB128, in their shortest form. A page in no run is not in the segment.
+//! is data, 2 is zero, 3 is "the same as another page" (and how far that one is before, a varint), 4 is data that is
+//! a change of the parent's page. Varints are LEB128, in their shortest form. A page in no run is not in the segment.
 
+use std::collections::HashMap;
+use std::fmt;
 use std::ops::Range;
 
 use zstd::bulk::Decompressor;
 
 use crate::error::at_most;
 use crate::index::{Codec, FrameEntry, PageIndex};
-use crate::{FormatError, ReadAt, digest, limits};
+use crate::{Digest, FormatError, ReadAt, SpaceId, digest, limits};
 
 /// The kind of a run with data.
 pub(crate) const KIND_DATA: u8 = 1;
 /// The kind of a run of zero pages.
 pub(crate) const KIND_ZERO: u8 = 2;
+/// The kind of a run of pages that are all the same as one before.
+pub(crate) const KIND_SAME: u8 = 3;
+/// The kind of a run of pages that are changes of the parent's.
+pub(crate) const KIND_CHANGE: u8 = 4;
+
+/// The first bytes of the digest of a page's content: what a change has to come to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct PageCheck(pub [u8; limits::CHECK_BYTES]);
+
+impl PageCheck {
+    /// The check of a page with this content.
+    #[must_use]
+    pub fn of(content: &[u8]) -> Self {
+        let mut check = [0; limits::CHECK_BYTES];
+        check.copy_from_slice(&digest::page(content).0[..limits::CHECK_BYTES]);
+        Self(check)
+    }
+}
+
+impl fmt::Debug for PageCheck {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PageCheck({:016x})", u64::from_be_bytes(self.0))
+    }
+}
 
 /// What a frame says of one page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +54,29 @@ pub enum Page<'a> {
     Zero,
     /// Its bytes.
     Data(&'a [u8]),
+    /// It is a change of what it is in the parent.
+    Change {
+        /// Its content XOR the content in the parent.
+        xor: &'a [u8],
+        /// What the check of its content is.
+        check: PageCheck,
+    },
+}
+
+/// What a run of pages holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunData<'a> {
+    /// All are zero.
+    Zero,
+    /// The bytes of all of them, back to back.
+    Data(&'a [u8]),
+    /// Changes of what they are in the parent.
+    Changes {
+        /// Content XOR the content in the parent, of all of them back to back.
+        xor: &'a [u8],
+        /// The checks of their contents, of 8 bytes each.
+        checks: &'a [[u8; limits::CHECK_BYTES]],
+    },
 }
 
 /// Pages next to each other, of one kind.
@@ -34,12 +84,28 @@ pub enum Page<'a> {
 struct Run {
     first: u64,
     pages: u64,
-    /// Where in the frame its data begins; none when it is zero.
-    data: Option<usize>,
+    content: Content,
+}
+
+/// Where the content of a run's pages is.
+#[derive(Debug, Clone, Copy)]
+enum Content {
+    Zero,
+    /// Where in the frame its data begins.
+    Data(usize),
+    /// Where in the frame its changes and their checks begin.
+    Change {
+        at: usize,
+        checks: usize,
+    },
+    /// The page they all are the same as: not resolved yet.
+    Same(u64),
+    /// The same, as copies behind the frame's own data.
+    Copies(usize),
 }
 
 /// Scratch memory for reading frames: use one for many frames, one per thread. It grows to the largest frame, at
-/// most twice [`limits::MAX_FRAME_RAW_BYTES`], and stays.
+/// most twice [`limits::MAX_FRAME_RAW_BYTES`] (twice that where pages are the same as others), and stays.
 #[derive(Default)]
 pub struct FrameBuf {
     stored: Vec<u8>,
@@ -47,6 +113,36 @@ pub struct FrameBuf {
     runs: Vec<Run>,
     page_bytes: usize,
     decompressor: Option<Decompressor<'static>>,
+    /// Pages that others were the same as.
+    sources: Option<Box<Sources>>,
+}
+
+/// Pages that others are the same as, kept as long as frames of one segment are read: many are the same as few.
+struct Sources {
+    segment: Digest,
+    pages: HashMap<(SpaceId, u64), Box<[u8]>>,
+    bytes: usize,
+    buf: FrameBuf,
+}
+
+impl Sources {
+    fn of(segment: Digest) -> Box<Self> {
+        Box::new(Self {
+            segment,
+            pages: HashMap::new(),
+            bytes: 0,
+            buf: FrameBuf::new(),
+        })
+    }
+
+    fn keep(&mut self, space: SpaceId, page: u64, content: &[u8]) {
+        if self.bytes + content.len() > limits::MAX_FRAME_DATA_BYTES as usize {
+            self.pages.clear();
+            self.bytes = 0;
+        }
+        self.bytes += content.len();
+        self.pages.insert((space, page), content.into());
+    }
 }
 
 impl std::fmt::Debug for FrameBuf {
@@ -112,6 +208,98 @@ impl FrameBuf {
         parse(i, entry, page_bytes as usize, full, raw, &mut self.runs).inspect_err(|_| self.runs.clear())
     }
 
+    /// Gives pages of frame `i` that are the same as others the content of those. `locate` says which frame has a page
+    /// in its range, and `load` reads one.
+    pub(crate) fn resolve(
+        &mut self,
+        segment: Digest,
+        i: usize,
+        entry: &FrameEntry,
+        locate: impl Fn(PageIndex) -> Option<usize>,
+        load: impl Fn(usize, &mut Self) -> Result<(), FormatError>,
+    ) -> Result<(), FormatError> {
+        let resolved = self.try_resolve(segment, i, entry, locate, load);
+        if resolved.is_err() {
+            self.runs.clear();
+        }
+        resolved
+    }
+
+    fn try_resolve(
+        &mut self,
+        segment: Digest,
+        i: usize,
+        entry: &FrameEntry,
+        locate: impl Fn(PageIndex) -> Option<usize>,
+        load: impl Fn(usize, &mut Self) -> Result<(), FormatError>,
+    ) -> Result<(), FormatError> {
+        let mut sources = match self.sources.take() {
+            Some(sources) if sources.segment == segment => sources,
+            Some(_) | None => Sources::of(segment),
+        };
+        // Behind the frame's own bytes, so that one does not write over the other.
+        let mut end = entry.raw_bytes as usize;
+        let copies = usize::from(entry.same_pages) * self.page_bytes;
+        grown(&mut self.raw, end + copies);
+        let mut frames: Vec<usize> = Vec::new();
+        for r in 0..self.runs.len() {
+            let Run { pages, content, .. } = self.runs[r];
+            let Content::Same(source) = content else { continue };
+            let bad = |why: String| FormatError::invalid(format!("frame {i} run {r}"), why);
+            let nothing = || {
+                bad(format!(
+                    "page {source}, which its pages are the same as, has no data of its own"
+                ))
+            };
+            let start = end;
+            // `parse` has counted the pages against the index, which `copies` is of.
+            end += pages as usize * self.page_bytes;
+            if source >= entry.first_page.0 {
+                let at = self.own(source).ok_or_else(nothing)?;
+                self.raw.copy_within(at..at + self.page_bytes, start);
+            } else {
+                let frame = locate(PageIndex(source)).ok_or_else(nothing)?;
+                if !frames.contains(&frame) {
+                    frames.push(frame);
+                    at_most(
+                        || format!("frame {i}: frames its pages are the same as pages of"),
+                        frames.len() as u64,
+                        limits::MAX_SAME_FRAMES as u64,
+                    )?;
+                }
+                let key = (entry.space, source);
+                if !sources.pages.contains_key(&key) {
+                    let mut buf = std::mem::take(&mut sources.buf);
+                    load(frame, &mut buf)?;
+                    let at = buf.own(source).ok_or_else(nothing)?;
+                    sources.keep(entry.space, source, &buf.raw[at..at + buf.page_bytes]);
+                    sources.buf = buf;
+                }
+                let Some(page) = sources.pages.get(&key) else {
+                    return Err(nothing());
+                };
+                self.raw[start..start + self.page_bytes].copy_from_slice(page);
+            }
+            for k in 1..pages as usize {
+                self.raw
+                    .copy_within(start..start + self.page_bytes, start + k * self.page_bytes);
+            }
+            self.runs[r].content = Content::Copies(start);
+        }
+        self.sources = Some(sources);
+        Ok(())
+    }
+
+    /// Where the data of a page begins that is stored whole in this frame.
+    fn own(&self, page: u64) -> Option<usize> {
+        let r = self.runs.partition_point(|run| run.first + run.pages <= page);
+        let run = self.runs.get(r).filter(|run| run.first <= page)?;
+        match run.content {
+            Content::Data(at) => Some(at + (page - run.first) as usize * self.page_bytes),
+            Content::Zero | Content::Change { .. } | Content::Same(_) | Content::Copies(_) => None,
+        }
+    }
+
     /// The pages in the buffer.
     pub(crate) fn frame(&self) -> Frame<'_> {
         Frame {
@@ -161,14 +349,20 @@ impl<'a> Frame<'a> {
         })
     }
 
-    /// Its pages as runs: the range, and the data of the whole range back to back (none: all zero). For copying
-    /// many pages at once.
-    pub fn runs(&self) -> impl Iterator<Item = (Range<u64>, Option<&'a [u8]>)> + use<'a> {
+    /// Its pages as runs: the range, and what the pages of the whole range hold. For copying many pages at once.
+    pub fn runs(&self) -> impl Iterator<Item = (Range<u64>, RunData<'a>)> + use<'a> {
         let this = *self;
         this.runs.iter().map(move |run| {
-            let data = run
-                .data
-                .map(|at| &this.raw[at..at + run.pages as usize * this.page_bytes]);
+            let bytes = |at: usize| &this.raw[at..at + run.pages as usize * this.page_bytes];
+            let data = match run.content {
+                // `resolve` has left no page unresolved.
+                Content::Zero | Content::Same(_) => RunData::Zero,
+                Content::Data(at) | Content::Copies(at) => RunData::Data(bytes(at)),
+                Content::Change { at, checks } => RunData::Changes {
+                    xor: bytes(at),
+                    checks: this.raw[checks..].as_chunks().0.split_at(run.pages as usize).0,
+                },
+            };
             (run.first..run.first + run.pages, data)
         })
     }
@@ -184,10 +378,16 @@ impl<'a> Frame<'a> {
     /// The `k`th page of run `r`.
     pub(crate) fn page(&self, r: usize, k: u64) -> Option<(PageIndex, Page<'a>)> {
         let run = self.runs.get(r).filter(|run| k < run.pages)?;
-        let page = match run.data {
-            // Inside: `parse` has checked that the runs' pages are the data there is.
-            Some(at) => Page::Data(&self.raw[at + k as usize * self.page_bytes..][..self.page_bytes]),
-            None => Page::Zero,
+        // Inside: `parse` has checked that the runs' pages are the data there is.
+        let bytes = |at: usize| &self.raw[at + k as usize * self.page_bytes..][..self.page_bytes];
+        let page = match run.content {
+            // `resolve` has left no page unresolved.
+            Content::Zero | Content::Same(_) => Page::Zero,
+            Content::Data(at) | Content::Copies(at) => Page::Data(bytes(at)),
+            Content::Change { at, checks } => Page::Change {
+                xor: bytes(at),
+                check: PageCheck(self.raw[checks..].as_chunks().0[k as usize]),
+            },
         };
         Some((PageIndex(run.first + k), page))
     }
@@ -202,21 +402,25 @@ fn parse(
     raw: &[u8],
     runs: &mut Vec<Run>,
 ) -> Result<(), FormatError> {
-    let data_bytes = entry.data_pages as usize * page_bytes;
-    // The index's checks hold raw above data.
-    let mut data_at = raw.len().saturating_sub(data_bytes);
+    // The index's checks hold raw above what is behind the table.
+    let table_bytes = raw
+        .len()
+        .saturating_sub(entry.payload_bytes(page_bytes as u32) as usize);
     let mut table = Table {
         frame: i,
-        bytes: &raw[..data_at],
+        bytes: &raw[..table_bytes],
         at: 0,
     };
+    let mut checks_at = table_bytes;
+    let mut data_at = table_bytes + usize::from(entry.change_pages) * limits::CHECK_BYTES;
     let count = u32::from_le_bytes(table.take()?);
     at_most(
         || format!("frame {i}: runs"),
         count.into(),
         limits::MAX_FRAME_PAGES.into(),
     )?;
-    let (mut page, mut data_pages, mut zero_pages) = (entry.first_page.0, 0, 0);
+    let mut page = entry.first_page.0;
+    let (mut data_pages, mut zero_pages, mut same_pages, mut change_pages) = (0, 0, 0, 0);
     for r in 0..count {
         let bad = |why: &'static str| Err(FormatError::invalid(format!("frame {i} run {r}"), why));
         let [kind] = table.take()?;
@@ -233,24 +437,49 @@ fn parse(
             return bad("it goes beyond the frame's last page");
         }
         // Below the end page, so neither sum overflows.
-        let data = match kind {
-            KIND_DATA => {
+        let content = match kind {
+            KIND_DATA | KIND_CHANGE => {
                 data_pages += pages;
                 if data_pages > entry.data_pages.into() {
                     return bad("the table has more data pages than the index says");
                 }
                 let at = data_at;
                 data_at += pages as usize * page_bytes;
-                Some(at)
+                if kind == KIND_DATA {
+                    Content::Data(at)
+                } else {
+                    change_pages += pages;
+                    if change_pages > entry.change_pages.into() {
+                        return bad("the table has more changes than the index says");
+                    }
+                    let checks = checks_at;
+                    checks_at += pages as usize * limits::CHECK_BYTES;
+                    Content::Change { at, checks }
+                }
             }
             KIND_ZERO if full => return bad("a full segment holds no zero pages"),
             KIND_ZERO => {
                 zero_pages += pages;
-                None
+                Content::Zero
+            }
+            KIND_SAME => {
+                same_pages += pages;
+                if same_pages > entry.same_pages.into() {
+                    return bad("the table has more pages that are the same as others than the index says");
+                }
+                let back = table.varint()?;
+                match first.checked_sub(back) {
+                    Some(source) if back > 0 => Content::Same(source),
+                    _ => return bad("the page its pages are the same as is not before it"),
+                }
             }
             _ => return bad("its kind is not known"),
         };
-        runs.push(Run { first, pages, data });
+        runs.push(Run {
+            first,
+            pages,
+            content,
+        });
         page = end;
     }
     let bad = |why: String| Err(FormatError::invalid(format!("frame {i}"), why));
@@ -267,10 +496,24 @@ fn parse(
             entry.end_page
         ));
     }
-    if data_pages != u64::from(entry.data_pages) || zero_pages != u64::from(entry.zero_pages) {
+    let counted = [data_pages, zero_pages, same_pages, change_pages];
+    let expected = [
+        entry.data_pages.into(),
+        entry.zero_pages.into(),
+        entry.same_pages.into(),
+        entry.change_pages.into(),
+    ];
+    if counted[..2] != expected[..2] {
         return bad(format!(
             "its table has {data_pages} data and {zero_pages} zero pages, the index says {} and {}",
             entry.data_pages, entry.zero_pages
+        ));
+    }
+    if counted != expected {
+        return bad(format!(
+            "its table has {same_pages} pages that are the same as others and {change_pages} changes, the index says \
+             {} and {}",
+            entry.same_pages, entry.change_pages
         ));
     }
     Ok(())

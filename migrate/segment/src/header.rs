@@ -16,16 +16,15 @@
 use crate::digest;
 use crate::error::at_most;
 use crate::limits::{self, HEADER_BYTES};
-use crate::{Digest, FormatError};
+use crate::{Digest, Features, FormatError};
 
 /// The first bytes of every segment.
 pub(crate) const MAGIC: [u8; 8] = *b"UNDRSTDY";
 /// The major version this crate reads and writes.
 pub(crate) const MAJOR: u16 = 1;
-/// The minor version this crate writes.
-pub(crate) const MINOR: u16 = 0;
-/// The features a reader must know that this crate knows: none yet.
-const KNOWN_FEATURES: u64 = 0;
+/// The minor version this crate writes where a segment uses what came with it. Without that it writes 0, and the same
+/// bytes as ever.
+pub(crate) const MINOR: u16 = 1;
 /// How much of the header the root digest covers.
 pub(crate) const ROOT_COVERS: usize = 64;
 /// How much of the header the header digest covers.
@@ -39,7 +38,7 @@ pub struct Header {
     /// The minor version. A later one adds only what an earlier reader may skip.
     pub minor: u16,
     /// Feature bits a reader has to know.
-    pub features_required: u64,
+    pub features_required: Features,
     /// Feature bits a reader may ignore.
     pub features_optional: u64,
     /// The length of the manifest.
@@ -98,7 +97,7 @@ impl Header {
         put(8, &self.major.to_le_bytes());
         put(10, &self.minor.to_le_bytes());
         put(12, &(HEADER_BYTES as u32).to_le_bytes());
-        put(16, &self.features_required.to_le_bytes());
+        put(16, &self.features_required.0.to_le_bytes());
         put(24, &self.features_optional.to_le_bytes());
         put(32, &self.manifest_bytes.to_le_bytes());
         put(36, &self.records_stored_bytes.to_le_bytes());
@@ -117,9 +116,12 @@ impl Header {
             let why = format!("it says it is {header_bytes} bytes long, not {HEADER_BYTES}");
             return Err(FormatError::invalid("header length (offset 12)", why));
         }
-        let unknown = self.features_required & !KNOWN_FEATURES;
-        if unknown != 0 {
-            return Err(FormatError::UnknownFeatures { bits: unknown });
+        let unknown = self.features_required.unknown();
+        if unknown != Features::NONE {
+            return Err(FormatError::UnknownFeatures {
+                features: unknown,
+                names: Vec::new(),
+            });
         }
         let limit = |what: &'static str, bytes: u64, max: u64| at_most(|| what, bytes, max);
         limit(
@@ -198,7 +200,7 @@ pub fn read_prefix(bytes: &[u8]) -> Result<Header, FormatError> {
     let header = Header {
         major,
         minor,
-        features_required: u64_at(16),
+        features_required: Features(u64_at(16)),
         features_optional: u64_at(24),
         manifest_bytes: u32_at(32),
         records_stored_bytes: u32_at(36),

@@ -3,7 +3,8 @@
 //! ```text
 //!   0  2  space            24  8  offset in the body      40  4  data pages
 //!   2  2  codec            32  4  stored bytes            44  4  zero pages
-//!   4  4  flags (0)        36  4  raw bytes               48 32  digest of the stored bytes
+//!   4  2  same pages         36  4  raw bytes               48 32  digest of the stored bytes
+//!   6  2  change pages
 //!   8  8  first page
 //!  16  8  end page
 //! ```
@@ -17,7 +18,7 @@ use std::ops::Range;
 use crate::error::at_most;
 use crate::header::le;
 use crate::limits::{self, ENTRY_BYTES};
-use crate::{Digest, FormatError, Manifest, SpaceId};
+use crate::{Digest, Features, FormatError, Manifest, SpaceId};
 
 /// The number of a page in its address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -56,10 +57,14 @@ pub struct FrameEntry {
     pub stored_bytes: u32,
     /// Its length once decompressed: page table and data.
     pub raw_bytes: u32,
-    /// How many pages it has with data.
+    /// How many pages it has with data, those stored as changes included.
     pub data_pages: u32,
     /// How many pages it has that are zero.
     pub zero_pages: u32,
+    /// How many pages it has that are the same as others of the segment.
+    pub same_pages: u16,
+    /// How many of the pages with data are changes of the parent's.
+    pub change_pages: u16,
     /// The digest of its stored bytes.
     pub digest: Digest,
 }
@@ -71,11 +76,19 @@ impl FrameEntry {
         self.first_page..self.end_page
     }
 
+    /// The bytes behind the page table: the checks of changes, and the data.
+    pub(crate) fn payload_bytes(&self, page_bytes: u32) -> u64 {
+        u64::from(self.data_pages) * u64::from(page_bytes)
+            + u64::from(self.change_pages) * limits::CHECK_BYTES as u64
+    }
+
     pub(crate) fn encode(&self) -> [u8; ENTRY_BYTES] {
         let mut bytes = [0; ENTRY_BYTES];
         let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
         put(0, &self.space.0.to_le_bytes());
         put(2, &(self.codec as u16).to_le_bytes());
+        put(4, &self.same_pages.to_le_bytes());
+        put(6, &self.change_pages.to_le_bytes());
         put(8, &self.first_page.0.to_le_bytes());
         put(16, &self.end_page.0.to_le_bytes());
         put(24, &self.offset.to_le_bytes());
@@ -98,13 +111,6 @@ impl FrameEntry {
                 ));
             }
         };
-        let flags = u32::from_le_bytes(le(bytes, 4));
-        if flags != 0 {
-            return Err(FormatError::invalid(
-                place(i),
-                format!("flags {flags:#x} are not known"),
-            ));
-        }
         Ok(Self {
             space: SpaceId(u16::from_le_bytes(le(bytes, 0))),
             codec,
@@ -115,6 +121,8 @@ impl FrameEntry {
             raw_bytes: u32::from_le_bytes(le(bytes, 36)),
             data_pages: u32::from_le_bytes(le(bytes, 40)),
             zero_pages: u32::from_le_bytes(le(bytes, 44)),
+            same_pages: u16::from_le_bytes(le(bytes, 4)),
+            change_pages: u16::from_le_bytes(le(bytes, 6)),
             digest: Digest(le(bytes, 48)),
         })
     }
@@ -125,8 +133,10 @@ fn place(i: usize) -> String {
 }
 
 /// Checks entries one after the other against the manifest and each other; reader and writer share it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct IndexCheck {
+    /// The features the header names; a writer's are those that come to be used.
+    features: Features,
     entries: usize,
     /// The space and end page of the last entry.
     last: Option<(SpaceId, PageIndex)>,
@@ -135,6 +145,15 @@ pub(crate) struct IndexCheck {
 }
 
 impl IndexCheck {
+    pub(crate) fn new(features: Features) -> Self {
+        Self {
+            features,
+            entries: 0,
+            last: None,
+            body_bytes: 0,
+        }
+    }
+
     pub(crate) fn take(&mut self, manifest: &Manifest, entry: &FrameEntry) -> Result<(), FormatError> {
         let i = self.entries;
         let bad = |why: String| FormatError::invalid(place(i), why);
@@ -156,7 +175,13 @@ impl IndexCheck {
                 entry.space
             )));
         }
+        check_features(i, entry, self.features)?;
         check_sizes(i, entry, space.page_bytes)?;
+        if manifest.kind.is_full() && entry.change_pages != 0 {
+            return Err(bad(
+                "a full segment has nothing that a page could be a change of".into()
+            ));
+        }
         if manifest.kind.is_full() && entry.zero_pages != 0 {
             return Err(bad("a full segment holds no zero pages".into()));
         }
@@ -176,9 +201,25 @@ impl IndexCheck {
     }
 }
 
+/// What an entry uses, the header has to name.
+fn check_features(i: usize, entry: &FrameEntry, features: Features) -> Result<(), FormatError> {
+    for (pages, feature) in [
+        (entry.same_pages, Features::SAME_PAGES),
+        (entry.change_pages, Features::PAGE_CHANGES),
+    ] {
+        if pages != 0 && !features.has(feature) {
+            let why =
+                format!("{pages} pages that need the feature {feature}, which the header does not name");
+            return Err(FormatError::invalid(place(i), why));
+        }
+    }
+    Ok(())
+}
+
 fn check_sizes(i: usize, entry: &FrameEntry, page_bytes: u32) -> Result<(), FormatError> {
     let bad = |why: String| FormatError::invalid(place(i), why);
-    let pages = u64::from(entry.data_pages) + u64::from(entry.zero_pages);
+    let same = u64::from(entry.same_pages);
+    let pages = u64::from(entry.data_pages) + u64::from(entry.zero_pages) + same;
     at_most(
         || format!("{}: pages", place(i)),
         pages,
@@ -190,12 +231,19 @@ fn check_sizes(i: usize, entry: &FrameEntry, page_bytes: u32) -> Result<(), Form
             entry.first_page, entry.end_page
         )));
     }
-    let data = u64::from(entry.data_pages) * u64::from(page_bytes);
+    // Pages that are the same as others count too: a reader makes room for them.
     at_most(
         || format!("{}: page data", place(i)),
-        data,
+        (u64::from(entry.data_pages) + same) * u64::from(page_bytes),
         limits::MAX_FRAME_DATA_BYTES.into(),
     )?;
+    if u32::from(entry.change_pages) > entry.data_pages {
+        return Err(bad(format!(
+            "{} changes among {} pages with data",
+            entry.change_pages, entry.data_pages
+        )));
+    }
+    let data = entry.payload_bytes(page_bytes);
     let raw = u64::from(entry.raw_bytes);
     at_most(
         || format!("{}: decompressed frame", place(i)),
@@ -224,11 +272,12 @@ fn check_sizes(i: usize, entry: &FrameEntry, page_bytes: u32) -> Result<(), Form
 /// Reads and checks the whole index.
 pub(crate) fn decode(
     manifest: &Manifest,
+    features: Features,
     bytes: &[u8],
     body_bytes: u64,
 ) -> Result<Vec<FrameEntry>, FormatError> {
     let (chunks, _) = bytes.as_chunks::<ENTRY_BYTES>();
-    let mut check = IndexCheck::default();
+    let mut check = IndexCheck::new(features);
     let mut entries = Vec::with_capacity(chunks.len());
     for (i, chunk) in chunks.iter().enumerate() {
         let entry = FrameEntry::decode(i, chunk)?;

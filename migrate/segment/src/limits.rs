@@ -33,10 +33,15 @@ pub const MAX_BODY_BYTES: u64 = 1 << 44;
 pub const MAX_FRAME_DATA_BYTES: u32 = 1 << 20;
 /// The most pages of one frame, zero pages included; so also the most runs.
 pub const MAX_FRAME_PAGES: u32 = 4096;
-/// The longest page table of a frame: a count, then a kind and two varints of at most 10 bytes for each run.
-pub const MAX_TABLE_BYTES: u32 = 4 + MAX_FRAME_PAGES * 21;
+/// The longest page table of a frame: a count, then a kind and three varints of at most 10 bytes for each run.
+pub const MAX_TABLE_BYTES: u32 = 4 + MAX_FRAME_PAGES * 31;
+/// The check of one page that is stored as a change.
+pub const CHECK_BYTES: usize = 8;
 /// The most one frame takes once decompressed.
-pub const MAX_FRAME_RAW_BYTES: u32 = MAX_FRAME_DATA_BYTES + MAX_TABLE_BYTES;
+pub const MAX_FRAME_RAW_BYTES: u32 =
+    MAX_FRAME_DATA_BYTES + MAX_TABLE_BYTES + MAX_FRAME_PAGES * CHECK_BYTES as u32;
+/// Other frames that the pages of one frame may be the same as: so many more are read for it at most.
+pub const MAX_SAME_FRAMES: usize = 8;
 /// How deep CBOR may nest.
 pub const MAX_CBOR_DEPTH: usize = 8;
 

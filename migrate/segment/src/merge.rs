@@ -5,16 +5,20 @@
 //! delta <- delta <- delta  =>  delta    of the first one's parent
 //! ```
 //!
-//! A walk over all inputs at once in page order: where several have a page, the newest wins. Memory: the inputs'
-//! indexes, one frame of each, and one frame of output.
+//! A walk over all inputs at once in page order: where several have a page, the newest wins. A change is applied to
+//! what the next older one has, and two changes become one; a change that is left at the end of a delta stays one.
+//! Pages that are the same are found again. Memory: the inputs' indexes, a frame or two of each, one frame of output,
+//! and a table of bounded size.
 
+use std::collections::HashMap;
 use std::io::{Seek, Write};
 
-use crate::encode::is_zero;
-use crate::frame::{FrameBuf, Page};
+use crate::encode::{Form, PageIn, is_zero, xor_into};
+use crate::frame::{FrameBuf, Page, PageCheck};
+use crate::same::SamePages;
 use crate::{
-    FormatError, FrameEncoder, Kind, Manifest, MergeError, PageIndex, ReadAt, SegmentReader, SegmentWriter,
-    Space, Summary, WriteError, pages_per_frame,
+    Digest, FormatError, FrameEncoder, Kind, Manifest, MergeError, PageIndex, ReadAt, SegmentReader,
+    SegmentWriter, Space, Summary, WriteError, digest, pages_per_frame,
 };
 
 /// Writes `segments`, oldest first and each the parent of the next, as one segment.
@@ -45,6 +49,8 @@ pub fn merge<R: ReadAt, W: Write + Seek>(
         full: manifest.kind.is_full(),
         pages: Vec::new(),
         data: Vec::new(),
+        same: SamePages::new(0),
+        whole: HashMap::new(),
     };
     for space in &manifest.spaces {
         merge_space(segments, space, &mut output, &write)?;
@@ -111,18 +117,88 @@ fn merge_space<R: ReadAt, W: Write + Seek>(
     for segment in segments {
         cursors.push(Cursor::new(segment, space)?);
     }
+    output.begin(space);
+    let mut content = Vec::new();
     while let Some(page) = cursors.iter().filter_map(Cursor::page).min() {
-        // The newest that has it; `cursors` is oldest first, as the segments are.
-        if let Some(newest) = cursors.iter().rev().find(|cursor| cursor.page() == Some(page))
-            && let Some((_, content)) = newest.content()
-        {
-            output.take(space, page, content).map_err(write)?;
+        match overlay(&cursors, page, &mut content)? {
+            Some(Found::Zero) => output.take(space, page, Page::Zero).map_err(write)?,
+            Some(Found::Data) => output.take(space, page, Page::Data(&content)).map_err(write)?,
+            Some(Found::Change(_)) if output.full => {
+                let newest = segments.last().map(|segment| segment.manifest().name.clone());
+                return Err(newest.map_or(MergeError::Empty, |name| MergeError::NoBase {
+                    name,
+                    space: space.id,
+                    page,
+                }));
+            }
+            Some(Found::Change(check)) => {
+                let xor = &content;
+                output
+                    .take(space, page, Page::Change { xor, check })
+                    .map_err(write)?;
+            }
+            None => {}
         }
         for cursor in cursors.iter_mut().filter(|cursor| cursor.page() == Some(page)) {
             cursor.advance()?;
         }
     }
     output.flush(space).map_err(write)
+}
+
+/// What the segments together say of a page.
+enum Found {
+    Zero,
+    Data,
+    Change(PageCheck),
+}
+
+/// Reads a page into `content`: the newest's, applied to the older ones' as long as it is a change. `cursors` is oldest
+/// first, as the segments are.
+fn overlay<R: ReadAt>(
+    cursors: &[Cursor<'_, R>],
+    page: PageIndex,
+    content: &mut Vec<u8>,
+) -> Result<Option<Found>, MergeError> {
+    content.clear();
+    // The newest change: what all of it has to come to, and where it was read.
+    let mut change: Option<(PageCheck, &Cursor<'_, R>)> = None;
+    for cursor in cursors.iter().rev().filter(|cursor| cursor.page() == Some(page)) {
+        let Some((_, found)) = cursor.content() else {
+            continue;
+        };
+        let base = match found {
+            Page::Change { xor, check } => {
+                if change.is_none() {
+                    content.extend_from_slice(xor);
+                    change = Some((check, cursor));
+                } else {
+                    xor_into(content, xor);
+                }
+                continue;
+            }
+            Page::Zero => None,
+            Page::Data(bytes) => Some(bytes),
+        };
+        let Some((check, newest)) = change else {
+            let Some(bytes) = base else {
+                return Ok(Some(Found::Zero));
+            };
+            content.extend_from_slice(bytes);
+            return Ok(Some(Found::Data));
+        };
+        xor_into(content, base.unwrap_or_default());
+        if PageCheck::of(content) != check {
+            let what = format!(
+                "page {page} as a change of what {} has",
+                cursor.segment.manifest().name
+            );
+            let source = FormatError::Digest { what: what.into() };
+            return Err(read_error(newest.segment, source));
+        }
+        return Ok(Some(Found::Data));
+    }
+    Ok(change.map(|(check, _)| Found::Change(check)))
 }
 
 /// A place in one segment's pages of one space.
@@ -182,25 +258,59 @@ impl<'a, R: ReadAt> Cursor<'a, R> {
     }
 }
 
+/// Pages whose content is remembered by its digest, to find others that are the same: 3 MiB.
+const MAX_WHOLE: usize = 1 << 16;
+
 /// Gathers pages into full frames.
 struct Output<W: Write + Seek> {
     writer: SegmentWriter<W>,
     encoder: FrameEncoder,
     full: bool,
-    pages: Vec<PageIndex>,
+    pages: Vec<(PageIndex, Taken)>,
+    /// The bytes of the pages that have some.
     data: Vec<u8>,
+    same: SamePages,
+    /// The digests of pages that are stored whole.
+    whole: HashMap<PageIndex, Digest>,
+}
+
+/// What a page of the frame will be.
+#[derive(Debug, Clone, Copy)]
+enum Taken {
+    Data,
+    Change(PageCheck),
+    Same(PageIndex),
 }
 
 impl<W: Write + Seek> Output<W> {
+    fn begin(&mut self, space: &Space) {
+        self.same = SamePages::new(space.pages.min(MAX_WHOLE as u64));
+        self.same.next_frame();
+        self.whole.clear();
+    }
+
     fn take(&mut self, space: &Space, page: PageIndex, content: Page<'_>) -> Result<(), WriteError> {
-        match content {
+        let taken = match content {
             // Left out here and not only by the encoder, so that frames are full of what stays.
             Page::Zero if self.full => return Ok(()),
             Page::Data(bytes) if self.full && is_zero(bytes) => return Ok(()),
-            Page::Zero => self.data.resize(self.data.len() + space.page_bytes as usize, 0),
-            Page::Data(bytes) => self.data.extend_from_slice(bytes),
-        }
-        self.pages.push(page);
+            Page::Zero => {
+                self.data.resize(self.data.len() + space.page_bytes as usize, 0);
+                Taken::Data
+            }
+            Page::Data(bytes) => match self.find_same(page, bytes) {
+                Some(source) => Taken::Same(source),
+                None => {
+                    self.data.extend_from_slice(bytes);
+                    Taken::Data
+                }
+            },
+            Page::Change { xor, check } => {
+                self.data.extend_from_slice(xor);
+                Taken::Change(check)
+            }
+        };
+        self.pages.push((page, taken));
         if self.pages.len() >= pages_per_frame(space.page_bytes) {
             self.flush(space)
         } else {
@@ -208,10 +318,44 @@ impl<W: Write + Seek> Output<W> {
         }
     }
 
+    fn find_same(&mut self, page: PageIndex, bytes: &[u8]) -> Option<PageIndex> {
+        if is_zero(bytes) {
+            return None;
+        }
+        let digest = digest::page(bytes);
+        let [a, b, c, d, e, f, g, h, ..] = digest.0;
+        let hash = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+        // By the whole digest: two contents with one are not found by anybody.
+        let same = |other: PageIndex| self.whole.get(&other) == Some(&digest);
+        let found = self.same.find(page, hash, true, same);
+        if found.is_none() {
+            if self.whole.len() >= MAX_WHOLE {
+                self.whole.clear();
+            }
+            self.whole.insert(page, digest);
+        }
+        found
+    }
+
     fn flush(&mut self, space: &Space) -> Result<(), WriteError> {
-        let frame = self.encoder.encode(space, self.full, &self.pages, &self.data)?;
+        let mut data = self.data.chunks_exact(space.page_bytes as usize);
+        let mut next = || data.next().unwrap_or_default();
+        let pages: Vec<PageIn<'_>> = self
+            .pages
+            .iter()
+            .map(|&(page, taken)| {
+                let form = match taken {
+                    Taken::Data => Form::Data(next()),
+                    Taken::Change(check) => Form::Change { xor: next(), check },
+                    Taken::Same(source) => Form::Same(source),
+                };
+                PageIn { page, form }
+            })
+            .collect();
+        let frame = self.encoder.encode_pages(space, self.full, &pages)?;
         self.pages.clear();
         self.data.clear();
+        self.same.next_frame();
         frame.map_or(Ok(()), |frame| self.writer.push(frame))
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 
-use crate::frame::{Frame, FrameBuf, Page};
+use crate::frame::{Frame, FrameBuf, Page, PageCheck};
 use crate::header::{Header, ROOT_COVERS, read_prefix};
 use crate::index::{self, FrameEntry, PageIndex};
 use crate::limits::HEADER_BYTES;
@@ -23,6 +23,10 @@ pub struct Summary {
     pub data_pages: u64,
     /// How many pages noted as zero.
     pub zero_pages: u64,
+    /// How many pages that are the same as others of it.
+    pub same_pages: u64,
+    /// How many of the pages with data are changes of the parent's.
+    pub change_pages: u64,
     /// The length of all page data before compression.
     pub raw_bytes: u64,
     /// The length of all frames as stored.
@@ -34,6 +38,13 @@ pub struct Summary {
 pub enum PageContent {
     /// Its bytes.
     Data(Vec<u8>),
+    /// It is a change of what it is in the parent.
+    Change {
+        /// Its content XOR the content in the parent.
+        xor: Vec<u8>,
+        /// What the check of its content is.
+        check: PageCheck,
+    },
     /// It is zero.
     Zero,
     /// Nothing: in a delta it is as in the parent, in a full segment it is zero.
@@ -91,7 +102,7 @@ impl<R: ReadAt> SegmentReader<R> {
         }
 
         let manifest = Manifest::decode(&manifest)?;
-        let index = index::decode(&manifest, &index, header.body_bytes)?;
+        let index = index::decode(&manifest, header.features_required, &index, header.body_bytes)?;
         Ok(Self {
             source,
             header,
@@ -167,6 +178,17 @@ impl<R: ReadAt> SegmentReader<R> {
     /// # Errors
     /// When there is no such frame, when it cannot be read, or when it is damaged or breaks a rule.
     pub fn read_frame<'b>(&self, i: usize, buf: &'b mut FrameBuf) -> Result<Frame<'b>, FormatError> {
+        let entry = self.load_frame(i, buf)?;
+        if entry.same_pages > 0 {
+            let locate = |page: PageIndex| self.frames_in(entry.space, page..PageIndex(page.0 + 1)).next();
+            let load = |frame: usize, buf: &mut FrameBuf| self.load_frame(frame, buf).map(drop);
+            buf.resolve(self.header.digest, i, entry, locate, load)?;
+        }
+        Ok(buf.frame())
+    }
+
+    /// Reads frame `i` as it is, pages that are the same as others left open.
+    fn load_frame(&self, i: usize, buf: &mut FrameBuf) -> Result<&FrameEntry, FormatError> {
         let bad = |why: String| FormatError::invalid(format!("frame {i}"), why);
         let entry = self
             .index
@@ -182,7 +204,7 @@ impl<R: ReadAt> SegmentReader<R> {
             space.page_bytes,
             full,
         )?;
-        Ok(buf.frame())
+        Ok(entry)
     }
 
     /// Reads one page. For many, read frames.
@@ -201,6 +223,10 @@ impl<R: ReadAt> SegmentReader<R> {
         };
         Ok(match self.read_frame(i, &mut FrameBuf::new())?.get(page) {
             Some(Page::Data(bytes)) => PageContent::Data(bytes.to_vec()),
+            Some(Page::Change { xor, check }) => PageContent::Change {
+                xor: xor.to_vec(),
+                check,
+            },
             Some(Page::Zero) => PageContent::Zero,
             None => PageContent::Absent,
         })

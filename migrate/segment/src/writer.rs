@@ -6,7 +6,7 @@ use crate::header::{Header, MAJOR, MINOR, ROOT_COVERS};
 use crate::index::IndexCheck;
 use crate::limits::HEADER_BYTES;
 use crate::records::{self, StoredRecords};
-use crate::{Digest, EncodedFrame, FormatError, Manifest, Record, Summary, WriteError, digest};
+use crate::{Digest, EncodedFrame, Features, FormatError, Manifest, Record, Summary, WriteError, digest};
 
 /// Writes one segment: the manifest and records first, then frames as they come, then the index; last the header,
 /// so that what was cut off has none. Frames are written in few large writes: `W` need not be buffered.
@@ -29,6 +29,8 @@ pub(crate) struct Totals {
     pub(crate) frames: u32,
     pub(crate) data_pages: u64,
     pub(crate) zero_pages: u64,
+    pub(crate) same_pages: u64,
+    pub(crate) change_pages: u64,
     pub(crate) raw_bytes: u64,
 }
 
@@ -39,7 +41,15 @@ impl Totals {
         self.frames += 1;
         self.data_pages += u64::from(entry.data_pages);
         self.zero_pages += u64::from(entry.zero_pages);
+        self.same_pages += u64::from(entry.same_pages);
+        self.change_pages += u64::from(entry.change_pages);
         self.raw_bytes += u64::from(entry.data_pages) * u64::from(page_bytes);
+    }
+
+    /// The features that a reader of these frames has to know.
+    fn features(self) -> Features {
+        let of = |pages: u64, feature| if pages == 0 { Features::NONE } else { feature };
+        of(self.same_pages, Features::SAME_PAGES).with(of(self.change_pages, Features::PAGE_CHANGES))
     }
 
     pub(crate) fn summary(self, header: &Header) -> Summary {
@@ -49,6 +59,8 @@ impl Totals {
             frames: self.frames,
             data_pages: self.data_pages,
             zero_pages: self.zero_pages,
+            same_pages: self.same_pages,
+            change_pages: self.change_pages,
             raw_bytes: self.raw_bytes,
             stored_bytes: header.body_bytes,
         }
@@ -76,7 +88,8 @@ impl<W: Write + Seek> SegmentWriter<W> {
             manifest: manifest.clone(),
             manifest_bytes,
             records,
-            check: IndexCheck::default(),
+            // Whatever the frames use is named when the header is written.
+            check: IndexCheck::new(Features::KNOWN),
             index: Vec::new(),
             totals: Totals::default(),
         })
@@ -106,10 +119,11 @@ impl<W: Write + Seek> SegmentWriter<W> {
     /// When `out` cannot be written.
     pub fn finish(mut self) -> Result<(W, Summary), WriteError> {
         self.out.write_all(&self.index).map_err(io("index"))?;
+        let features = self.totals.features();
         let mut header = Header {
             major: MAJOR,
-            minor: MINOR,
-            features_required: 0,
+            minor: if features == Features::NONE { 0 } else { MINOR },
+            features_required: features,
             features_optional: 0,
             // Each was checked against its limit, which is a u32.
             manifest_bytes: self.manifest_bytes.len() as u32,

@@ -1,18 +1,21 @@
 //! A capture in, a segment out.
 //!
 //! Pages are cut into frames as the format likes them and compressed by several threads; the frames are written in
-//! order by the caller's thread. At most [`WINDOW_PER_THREAD`] frames a thread are in memory, however large the
+//! order by the caller's thread. Which pages are the same as earlier ones is found in the order of the pages, so that
+//! one capture always makes one segment. Pages whose last stored content is in the cache go as changes. At most [`WINDOW_PER_THREAD`] frames a thread are in memory, however large the
 //! capture is. A capture of a few frames is encoded where the caller is: starting a thread takes as long as a frame.
 
 use std::io::{Seek, Write};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use segment::{
-    EncodedFrame, FormatError, FrameEncoder, Manifest, PageIndex, SegmentName, SegmentWriter, Summary,
-    WriteError, pages_per_frame,
+    CheckpointId, EncodedFrame, Form, FormatError, FrameEncoder, Kind, Manifest, PageIn, PageIndex,
+    SamePages, SegmentName, SegmentWriter, SpaceId, Summary, WriteError, pages_per_frame, sample,
 };
 
+use super::cache::DeltaCache;
 use super::ordered::ordered;
 use super::{Captured, CapturedPages};
 use crate::store::{FsStore, StoreError, Stored};
@@ -68,9 +71,12 @@ pub enum EncodeError {
 /// Compressors, kept from one checkpoint to the next: making one anew costs as much as a small checkpoint.
 #[derive(Debug)]
 pub struct EncodePool {
-    options: EncodeOptions,
+    threads: usize,
+    level: AtomicI32,
     /// Those not at work. A mutex, since several threads take one each at the start and give it back at the end.
     encoders: Mutex<Vec<FrameEncoder>>,
+    /// Read while a capture is encoded, by its threads, and written when it is stored.
+    cache: RwLock<DeltaCache>,
 }
 
 /// One frame's share of a capture.
@@ -80,40 +86,56 @@ struct Batch<'a> {
 }
 
 impl Batch<'_> {
-    fn encode(&self, encoder: &mut FrameEncoder, full: bool) -> Result<Option<EncodedFrame>, FormatError> {
-        let page_bytes = self.space.space.page_bytes as usize;
-        let pages = &self.space.pages[self.pages.clone()];
-        if let Some(reader) = self.space.data.reader() {
-            let mut data = vec![0; pages.len() * page_bytes];
+    /// The pages that others of the segment are the same as, in the order of the batch's pages; called for the batches
+    /// in their order.
+    fn sources(&self, same: &mut SamePages, cache: Option<&DeltaCache>) -> Vec<Option<PageIndex>> {
+        same.next_frame();
+        let space = self.space;
+        let of = |at: usize| {
+            // Pages that are still to be read are not compared: they may be more than memory holds.
+            let (page, bytes) = (space.pages[at], space.page(at)?);
+            let hash = sample(bytes)?;
+            // A page that goes as a change has no content of its own that others could be the same as.
+            let whole = cache.is_none_or(|cache| cache.base(space.space.id, page).is_none());
+            let is_same = |other: PageIndex| {
+                let other = space.pages.binary_search(&other);
+                other.is_ok_and(|other| space.page(other) == Some(bytes))
+            };
+            same.find(page, hash, whole, is_same)
+        };
+        self.pages.clone().map(of).collect()
+    }
+
+    fn encode(
+        &self,
+        encoder: &mut FrameEncoder,
+        full: bool,
+        sources: &[Option<PageIndex>],
+        cache: Option<&DeltaCache>,
+    ) -> Result<Option<EncodedFrame>, FormatError> {
+        let space = self.space;
+        if let Some(reader) = space.data.reader() {
+            let pages = &space.pages[self.pages.clone()];
+            let mut data = vec![0; pages.len() * space.space.page_bytes as usize];
             reader.read(pages, &mut data).map_err(|source| FormatError::Io {
-                what: format!("{} from page {} on", self.space.space.name, pages[0].0).into(),
+                what: format!("{} from page {} on", space.space.name, pages[0].0).into(),
                 source,
             })?;
-            return encoder.encode(&self.space.space, full, pages, &data);
+            return encoder.encode(&space.space, full, pages, &data);
         }
-        let bytes = self.space.data.as_ref();
-        if !self.space.data.is_sparse() {
-            let data = &bytes[self.pages.start * page_bytes..self.pages.end * page_bytes];
-            return encoder.encode(&self.space.space, full, pages, data);
-        }
-        // Checked in `batches`: the pages are inside the space, and the bytes are the whole space.
-        let of_run = |run: &[PageIndex]| {
-            let start = run[0].0 as usize * page_bytes;
-            &bytes[start..start + run.len() * page_bytes]
+        let form = |(at, source): (usize, &Option<PageIndex>)| {
+            // All are here, as none is still to be read.
+            let (page, now) = (space.pages[at], space.page(at).unwrap_or_default());
+            let base = || cache.and_then(|cache| cache.base(space.space.id, page));
+            let form = match (source, base()) {
+                (Some(source), _) => Form::Same(*source),
+                (None, Some(base)) => Form::Changed { now, base },
+                (None, None) => Form::Data(now),
+            };
+            PageIn { page, form }
         };
-        let mut runs = pages.chunk_by(|a, b| a.0 + 1 == b.0);
-        match (runs.next(), runs.next()) {
-            // Usual in a full capture, and no copy.
-            (Some(run), None) => encoder.encode(&self.space.space, full, pages, of_run(run)),
-            _ => {
-                let data = pages
-                    .chunk_by(|a, b| a.0 + 1 == b.0)
-                    .map(of_run)
-                    .collect::<Vec<_>>()
-                    .concat();
-                encoder.encode(&self.space.space, full, pages, &data)
-            }
-        }
+        let pages: Vec<PageIn<'_>> = self.pages.clone().zip(sources).map(form).collect();
+        encoder.encode_pages(&space.space, full, &pages)
     }
 }
 
@@ -121,10 +143,25 @@ impl EncodePool {
     /// A pool that makes its compressors when they are first needed.
     #[must_use]
     pub fn new(options: EncodeOptions) -> Self {
+        Self::with_delta_cache(options, 0)
+    }
+
+    /// A pool that keeps up to `cache_bytes` of pages as they were last stored, and stores those that are written again
+    /// as changes.
+    #[must_use]
+    pub fn with_delta_cache(options: EncodeOptions, cache_bytes: usize) -> Self {
         Self {
-            options,
+            threads: options.threads.clamp(1, MAX_THREADS),
+            level: AtomicI32::new(options.level),
             encoders: Mutex::default(),
+            cache: RwLock::new(DeltaCache::new(cache_bytes)),
         }
+    }
+
+    /// Compresses captures from now on at this zstd level.
+    pub fn set_level(&self, level: i32) {
+        // Nothing else depends on when it is seen.
+        self.level.store(level, Ordering::Relaxed);
     }
 
     /// Writes `captured` as the segment that `manifest` describes, from the start of `out`.
@@ -157,23 +194,32 @@ impl EncodePool {
         out: W,
     ) -> Result<(W, Summary), WriteError> {
         let mut writer = SegmentWriter::new(out, manifest, &captured.records)?;
-        let threads = self.options.threads.clamp(1, MAX_THREADS);
-        let work = |encoder: &mut Lent<'_>, i: usize| batches[i].encode(encoder.get(), captured.full);
+        let cache = self.cache.read().unwrap_or_else(PoisonError::into_inner);
+        let cache = parent(manifest)
+            .filter(|parent| cache.is_at(*parent))
+            .map(|_| &*cache);
+        let mut planner = Planner { space: None, cache };
+        let mut prepare = |i: usize| planner.sources(&batches[i]);
+        let work = |encoder: &mut Lent<'_>, i: usize, sources: Vec<_>| {
+            batches[i].encode(encoder.get(), captured.full, &sources, cache)
+        };
         let mut push = |frame: Result<Option<EncodedFrame>, FormatError>| match frame? {
             Some(frame) => writer.push(frame),
             None => Ok(()),
         };
-        if threads == 1 || batches.len() <= INLINE_FRAMES {
+        if self.threads == 1 || batches.len() <= INLINE_FRAMES {
             let mut encoder = self.lend();
             for i in 0..batches.len() {
-                push(work(&mut encoder, i))?;
+                let sources = prepare(i);
+                push(work(&mut encoder, i, sources))?;
             }
         } else {
             ordered(
                 batches.len(),
-                threads,
-                threads * WINDOW_PER_THREAD,
+                self.threads,
+                self.threads * WINDOW_PER_THREAD,
                 || self.lend(),
+                prepare,
                 work,
                 push,
             )?;
@@ -196,22 +242,65 @@ impl EncodePool {
             .encode(captured, manifest, &mut incoming)
             .map(|(_, summary)| summary);
         match encoded {
-            Ok(summary) => Ok((
-                incoming.commit_written(&summary).map_err(EncodeError::Store)?,
-                summary,
-            )),
+            Ok(summary) => {
+                let stored = incoming.commit_written(&summary).map_err(EncodeError::Store)?;
+                // Only now: as long as it may fail, the next delta is on the checkpoint before.
+                self.stored(captured, manifest);
+                Ok((stored, summary))
+            }
             // The store's own words, when it was the store that refused a write.
             Err(e) => Err(incoming.take_failure().map_or(e, EncodeError::Store)),
         }
     }
 
+    /// Says that `captured` was stored as `manifest`: pages that are written again go as changes of it.
+    /// [`Self::encode_to_store`] does it by itself.
+    pub fn stored(&self, captured: &Captured, manifest: &Manifest) {
+        let mut cache = self.cache.write().unwrap_or_else(PoisonError::into_inner);
+        cache.stored(captured, parent(manifest));
+    }
+
     fn lend(&self) -> Lent<'_> {
+        let level = self.level.load(Ordering::Relaxed);
         let kept = self.encoders.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let encoder = kept.unwrap_or_else(|| FrameEncoder::new(self.options.level));
+        let mut encoder = kept.unwrap_or_else(|| FrameEncoder::new(level));
+        encoder.set_level(level);
         Lent {
             pool: self,
             encoder: Some(encoder),
         }
+    }
+}
+
+/// The checkpoint that a delta is a change of.
+fn parent(manifest: &Manifest) -> Option<CheckpointId> {
+    match &manifest.kind {
+        Kind::Full => None,
+        Kind::Delta {
+            parent_checkpoint, ..
+        } => Some(*parent_checkpoint),
+    }
+}
+
+/// Finds pages that are the same, batch after batch.
+struct Planner<'a> {
+    /// The space of the last batch, and what was found in it.
+    space: Option<(SpaceId, SamePages)>,
+    cache: Option<&'a DeltaCache>,
+}
+
+impl Planner<'_> {
+    fn sources(&mut self, batch: &Batch<'_>) -> Vec<Option<PageIndex>> {
+        let id = batch.space.space.id;
+        let same = match &mut self.space {
+            Some((space, same)) if *space == id => same,
+            other => {
+                &mut other
+                    .insert((id, SamePages::new(batch.space.pages.len() as u64)))
+                    .1
+            }
+        };
+        batch.sources(same, self.cache)
     }
 }
 
@@ -223,7 +312,7 @@ struct Lent<'a> {
 
 impl Lent<'_> {
     fn get(&mut self) -> &mut FrameEncoder {
-        let level = self.pool.options.level;
+        let level = self.pool.level.load(Ordering::Relaxed);
         self.encoder.get_or_insert_with(|| FrameEncoder::new(level))
     }
 }

@@ -115,6 +115,19 @@ pub enum LoadError {
         #[source]
         source: FormatError,
     },
+    /// A page is a change of one that no link has.
+    #[error(
+        "page {page} of space {space} in {name} is a change of a page that no older link has: the segment is damaged, \
+         load the chain from another holder"
+    )]
+    NoBase {
+        /// The link with the change.
+        name: SegmentName,
+        /// The space.
+        space: SpaceId,
+        /// The page.
+        page: PageIndex,
+    },
     /// A link was merged or replaced while the chain was being loaded.
     #[error("{name} was rewritten meanwhile: load again")]
     Changed {

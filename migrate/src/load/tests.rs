@@ -32,6 +32,7 @@ fn oldest_first(segments: &[(SegmentName, Vec<u8>)]) -> Bytes {
                 match content {
                     segment::Page::Zero => to.fill(0),
                     segment::Page::Data(data) => to.copy_from_slice(data),
+                    segment::Page::Change { xor, .. } => segment::xor_into(to, xor),
                 }
             }
         }
@@ -227,6 +228,9 @@ struct Refusing;
 
 impl Target for Refusing {
     fn write(&self, _: SpaceId, _: PageIndex, _: &[u8]) -> Result<(), TargetError> {
+        Err(TargetError::new("no such memory"))
+    }
+    fn read(&self, _: SpaceId, _: PageIndex, _: &mut [u8]) -> Result<(), TargetError> {
         Err(TargetError::new("no such memory"))
     }
 }

@@ -332,6 +332,20 @@ impl Target for Fresh {
             .for_each(|count| *count += 1);
         Ok(())
     }
+
+    fn read(&self, space: SpaceId, first: PageIndex, data: &mut [u8]) -> Result<(), TargetError> {
+        let mut spaces = self.spaces.lock().unwrap();
+        let space = spaces
+            .get_mut(&space)
+            .ok_or_else(|| TargetError::new("no such space"))?;
+        let (first, pages) = (first.0 as usize, data.len() / space.page_bytes);
+        let at = first * space.page_bytes;
+        let from = space.bytes.get(at..at + data.len());
+        data.copy_from_slice(from.ok_or_else(|| TargetError::new("beyond the space"))?);
+        // What was read may be written again.
+        space.writes[first..first + pages].fill(0);
+        Ok(())
+    }
 }
 
 /// What a store loads as `tip`.

@@ -1,11 +1,16 @@
 //! How fast captured pages become a segment, and how small.
 
 use std::io::Cursor;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, Result};
-use migrate::checkpoint::{CaptureKind, EncodeOptions, EncodePool};
+use migrate::checkpoint::{CaptureKind, Captured, EncodeOptions, EncodePool, Source, SourceError};
+use migrate::protect::{CheckpointRequest, ProtectOptions, Protector};
+use migrate::store::{Durability, FsStore};
+use segment::Generation;
+use vmm::replica::VmSource;
 
-use super::guest::{Guest, Taker};
+use super::guest::Guest;
 use super::lab::Lab;
 use super::limits::{self, timed};
 use super::pages::{self, Bytes, FRAME_BYTES};
@@ -86,18 +91,67 @@ fn encoded(bytes: &Bytes, n: usize) -> Result<(Samples, u64)> {
 
 /// Page writes a second. The memory is large beside them: most pages in a delta were written once before it.
 const RATIO_WRITES: u64 = 2_000;
+/// All of the guest's memory fits: what is measured is what a change takes.
+const RATIO_CACHE: usize = 256 << 20;
+
+/// Takes captures, and keeps the bytes of the last.
+struct Watched {
+    source: VmSource,
+    last: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Source for Watched {
+    fn capture(&mut self, kind: CaptureKind) -> Result<Captured, SourceError> {
+        let captured = self.source.capture(kind)?;
+        if !captured.full {
+            let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+            last.clear();
+            captured
+                .spaces
+                .iter()
+                .for_each(|space| last.extend_from_slice(space.data.as_ref()));
+        }
+        Ok(captured)
+    }
+
+    fn put_back(&mut self, captured: &Captured) {
+        self.source.put_back(captured);
+    }
+
+    fn fence(&mut self, reason: &str) {
+        self.source.fence(reason);
+    }
+}
 
 pub(crate) fn ratio(lab: &Lab) -> Result<Vec<Row>> {
     let guest = Guest::filled(lab, &format!("mib=200 rate={RATIO_WRITES}"), 256)?;
-    let mut taker = Taker::new(lab, &guest)?;
-    taker.take(true)?;
+    let folder = lab.temporary("owner-")?;
+    let store = FsStore::open(folder.path(), None, Durability::Spool).context("open the owner's store")?;
+    let last = Arc::new(Mutex::new(Vec::new()));
+    let source = Watched {
+        source: VmSource::new(guest.vm.clone()),
+        last: Arc::clone(&last),
+    };
+    let options = ProtectOptions {
+        delta_cache: RATIO_CACHE,
+        ..ProtectOptions::default()
+    };
+    let vm = "bench".parse().context("name the VM")?;
+    let mut protector = Protector::new(source, store, vm, Generation(1), options);
+    let mut take = |full| {
+        let request = CheckpointRequest { full, label: None };
+        protector.checkpoint(request).context("take a checkpoint")
+    };
+    take(true)?;
     let (mut ratios, mut alone, mut dirty) = (Samples::default(), Samples::default(), Samples::default());
+    let mut changes = Samples::default();
     for _ in 0..lab.samples(7, 2) {
         std::thread::sleep(lab.stretch() / 2);
-        let taken = taker.take(false)?;
-        let bytes = pages::stored(&taker.store, &taken.entry.name)?;
+        let taken = take(false)?;
+        let bytes = last.lock().unwrap_or_else(PoisonError::into_inner);
         ratios.push(taken.summary.file_bytes as f64 / bytes.len().max(1) as f64);
         dirty.push((bytes.len() / PAGE_BYTES) as f64);
+        changes.push(taken.summary.change_pages as f64);
         let (_, compressed) = limits::compress(&bytes, FRAME_BYTES)?;
         alone.push(compressed as f64 / bytes.len().max(1) as f64);
     }
@@ -109,6 +163,8 @@ pub(crate) fn ratio(lab: &Lab) -> Result<Vec<Row>> {
         .at_most_of_limit(RATIO_SHARE)
         .param("mix", "churn's default")
         .param("writes_per_s", RATIO_WRITES)
-        .param("pages_per_epoch", dirty.median());
+        .param("delta_cache_mib", RATIO_CACHE >> 20)
+        .param("pages_per_epoch", dirty.median())
+        .param("changes_per_epoch", changes.median());
     Ok(vec![row])
 }

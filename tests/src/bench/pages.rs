@@ -2,10 +2,9 @@
 
 use anyhow::{Context as _, Result};
 use migrate::checkpoint::{Captured, CapturedPages, EncodeOptions, EncodePool, PageBytes};
-use migrate::store::FsStore;
 use segment::{
-    CheckpointId, Epoch, FRAME_PAGES, FrameBuf, Generation, Kind, Manifest, Page, PageIndex, SegmentName,
-    Space, SpaceId, is_zero,
+    CheckpointId, Epoch, FRAME_PAGES, Generation, Kind, Manifest, PageIndex, SegmentName, Space, SpaceId,
+    is_zero,
 };
 use std::io::Cursor;
 use std::sync::Arc;
@@ -100,20 +99,4 @@ pub(crate) fn segment(name: &SegmentName, bytes: &Bytes) -> Result<Vec<u8>> {
         .encode(&captured, &manifest, Cursor::new(Vec::new()))
         .context("encode a segment")?;
     Ok(out.into_inner())
-}
-
-/// The pages in a stored segment, zero pages included, back to back.
-pub(crate) fn stored(store: &FsStore, name: &SegmentName) -> Result<Vec<u8>> {
-    let reader = store.open_segment(name).context("open a segment")?;
-    let (mut all, mut buf) = (Vec::new(), FrameBuf::new());
-    for index in 0..reader.index().len() {
-        let frame = reader.read_frame(index, &mut buf).context("read a segment")?;
-        for (_, page) in frame.pages() {
-            match page {
-                Page::Data(bytes) => all.extend_from_slice(bytes),
-                Page::Zero => all.resize(all.len() + PAGE_BYTES, 0),
-            }
-        }
-    }
-    Ok(all)
 }

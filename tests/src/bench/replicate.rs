@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use tempfile::TempDir;
+use vmm::config::CheckpointConfig;
 use vmm::session::{Protection, Session, SessionConfig};
 
 use super::guest::{Console, Guest, boot_source, machine};
@@ -103,6 +104,7 @@ async fn start(
         name: VM.parse().context("name the VM")?,
         store: own.path().to_owned(),
         store_budget: None,
+        checkpoints: CheckpointConfig::default(),
         protection: Some(Protection {
             holders: vec![holder.to_owned()],
             every_ms: EVERY_MS,

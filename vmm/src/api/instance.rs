@@ -215,6 +215,7 @@ impl Instance {
             name: self.identity.name.clone(),
             store,
             store_budget,
+            checkpoints: config.checkpoints.clone(),
             protection: config.protection.clone(),
             generation: self.identity.generation,
         };

@@ -254,7 +254,7 @@ fn show_segment(
     lines.add(
         "format",
         format!(
-            "version {}.{}, features {:#x} required, {:#x} optional",
+            "version {}.{}, features needed: {}, to be ignored: {:#x}",
             header.major, header.minor, header.features_required, header.features_optional
         ),
     );
@@ -312,7 +312,10 @@ fn show_segment(
     }
     lines.add(
         "pages",
-        format!("{} with data, {} zero", summary.data_pages, summary.zero_pages),
+        format!(
+            "{} with data ({} as changes of the parent's), {} the same as others, {} zero",
+            summary.data_pages, summary.change_pages, summary.same_pages, summary.zero_pages
+        ),
     );
     lines.add(
         "frames",
@@ -516,7 +519,9 @@ fn segment_json(
     json!({
         "name": manifest.name.to_string(),
         "format": {"major": header.major, "minor": header.minor,
-                   "features_required": header.features_required, "features_optional": header.features_optional},
+                   "features_required": header.features_required.0,
+                   "features": header.features_required.names().collect::<Vec<_>>(),
+                   "features_optional": header.features_optional},
         "digest": summary.digest.to_string(),
         "file_bytes": summary.file_bytes,
         "parts": {"manifest_bytes": header.manifest_bytes, "records_stored_bytes": header.records_stored_bytes,
@@ -535,6 +540,7 @@ fn segment_json(
             "id": space.id.0, "name": space.name, "page_bytes": space.page_bytes, "pages": space.pages,
         })).collect::<Vec<_>>(),
         "frames": {"count": summary.frames, "data_pages": summary.data_pages, "zero_pages": summary.zero_pages,
+                   "same_pages": summary.same_pages, "change_pages": summary.change_pages,
                    "raw_bytes": summary.raw_bytes, "stored_bytes": summary.stored_bytes},
         "records": records,
         "machine": machine,

@@ -34,6 +34,10 @@ pub(super) struct Keeping {
     /// The most that folder may hold, like 10G (powers of 1024)
     #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
     store_budget: Option<u64>,
+    /// Memory for pages as they were last stored, like 256M: a page written again is then stored as a change of what
+    /// it was, which is much shorter [default: none]
+    #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
+    delta_cache: Option<u64>,
     /// Standby agents that hold copies
     #[arg(long, value_name = "HOST:PORT,..", value_delimiter = ',')]
     protect_to: Vec<String>,
@@ -60,6 +64,9 @@ impl Keeping {
         }
         if let (Some(store), Some(budget)) = (&mut config.store, self.store_budget) {
             store.budget_bytes = Some(budget);
+        }
+        if let Some(bytes) = self.delta_cache {
+            config.checkpoints.delta_cache_bytes = bytes;
         }
         let holders: Vec<String> = self
             .protect_to

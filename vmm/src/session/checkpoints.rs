@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
+use migrate::checkpoint::Seen;
 use migrate::protect::{CheckpointRequest, ProtectError, Protector, Taken};
-use migrate::shipper::{ShipStatus, Shipper};
+use migrate::shipper::{HolderState, ShipStatus, Shipper};
 use migrate::spool::Spool;
 use segment::Epoch;
 use tokio::sync::{oneshot, watch};
@@ -294,8 +295,34 @@ impl Thread {
         if let Some(shipper) = lock(&self.shipper).as_ref() {
             shipper.notify();
         }
+        if let (Ok(taken), Some(every)) = (&result, self.every) {
+            self.adapt(taken, every);
+        }
         self.tidy.nudge();
         result.map(|taken| report(&taken))
+    }
+}
+
+impl Thread {
+    /// Spends more time on shorter segments while the link is what holds up.
+    fn adapt(&mut self, taken: &Taken, every: Duration) {
+        let Some(status) = lock(&self.shipper).as_ref().map(Shipper::status) else {
+            return;
+        };
+        // One that is away is caught up with later, from merged segments: nothing taken now waits for it.
+        let in_reach = status.holders.iter().filter(|holder| match holder.state {
+            HolderState::UpToDate | HolderState::Synchronising => true,
+            HolderState::Connecting
+            | HolderState::Unreachable { .. }
+            | HolderState::Refused { .. }
+            | HolderState::Fenced { .. } => false,
+        });
+        self.protector.adapt(Seen {
+            encode: taken.encode_time,
+            every,
+            stored_bytes: taken.summary.file_bytes,
+            waiting_bytes: in_reach.map(|holder| holder.lag_bytes).max().unwrap_or(0),
+        });
     }
 }
 

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::io::Cursor;
 
 use segment::{
-    CheckpointId, FrameBuf, FrameEncoder, Kind, Manifest, Page, PageIndex, ReadAt, Record, SegmentName,
-    SegmentReader, SegmentWriter, Space, SpaceId, Summary, pages_per_frame,
+    CheckpointId, FrameBuf, FrameEncoder, Kind, Manifest, Page, PageIndex, ReadAt, Record, RunData,
+    SegmentName, SegmentReader, SegmentWriter, Space, SpaceId, Summary, pages_per_frame,
 };
 
 /// The pages of a segment by space and number. `None`: the segment says the page is zero.
@@ -116,6 +116,7 @@ pub(crate) fn read_all<R: ReadAt>(reader: &SegmentReader<R>) -> Pages {
             let bytes = match content {
                 Page::Zero => None,
                 Page::Data(bytes) => Some(bytes.to_vec()),
+                Page::Change { .. } => panic!("page {page} is a change: read it with what it is a change of"),
             };
             assert!(
                 of_frame.insert((entry.space.0, page.0), bytes).is_none(),
@@ -126,10 +127,14 @@ pub(crate) fn read_all<R: ReadAt>(reader: &SegmentReader<R>) -> Pages {
         for (range, data) in frame.runs() {
             let length = (range.end - range.start) as usize;
             for (k, page) in range.enumerate() {
-                let bytes = data.map(|data| {
-                    let page_bytes = data.len() / length;
-                    data[k * page_bytes..][..page_bytes].to_vec()
-                });
+                let bytes = match data {
+                    RunData::Zero => None,
+                    RunData::Data(data) => {
+                        let page_bytes = data.len() / length;
+                        Some(data[k * page_bytes..][..page_bytes].to_vec())
+                    }
+                    RunData::Changes { .. } => panic!("page {page} is a change"),
+                };
                 of_runs.insert((entry.space.0, page), bytes);
             }
         }

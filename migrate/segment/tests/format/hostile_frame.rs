@@ -45,7 +45,7 @@ fn tables_that_lie() {
             "run 1 is not valid: it has no pages",
         ),
         (
-            runs(3, &[&[1, 0, 1], &[3, 0, 1], last]),
+            runs(3, &[&[1, 0, 1], &[5, 0, 1], last]),
             "run 1 is not valid: its kind",
         ),
         (

@@ -3,6 +3,7 @@
 mod common;
 mod damage;
 mod forge;
+mod forms;
 mod golden;
 mod hostile_frame;
 mod hostile_header;

@@ -35,7 +35,7 @@ fn assert_dense(reader: &Reader) {
         .filter(|pair| pair[0].space == pair[1].space)
     {
         let page_bytes = reader.manifest().space(pair[0].space).expect("space").page_bytes;
-        let pages = pair[0].data_pages + pair[0].zero_pages;
+        let pages = pair[0].data_pages + pair[0].zero_pages + u32::from(pair[0].same_pages);
         assert_eq!(pages as usize, pages_per_frame(page_bytes), "frames are packed");
     }
 }
@@ -127,7 +127,10 @@ fn a_fold_packs_around_data_that_is_zero() {
     let fold = merged(&[other]);
     assert_eq!(fold.index().len(), 1);
     assert_eq!(
-        (fold.index()[0].first_page, fold.index()[0].data_pages),
+        (
+            fold.index()[0].first_page,
+            fold.index()[0].data_pages + u32::from(fold.index()[0].same_pages)
+        ),
         (PageIndex(1), 512)
     );
 }
