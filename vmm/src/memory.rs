@@ -14,14 +14,13 @@
 //! the pages; KVM's log does not see those writes.
 
 use std::fs::File;
-use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
+use crate::dirty::OwnWrites;
 use crate::layout::{HIGH_RAM_START, LOW_RAM_END};
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, ftruncate, memfd_create, seek};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
@@ -33,7 +32,7 @@ pub const MIN_MEMORY_BYTES: u64 = 4 << 20;
 pub const MAX_MEMORY_BYTES: u64 = 1 << 40;
 
 /// The view of guest RAM that loaders and devices use: guest physical addresses, checked, every write marked.
-pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
+pub type GuestMemory = GuestMemoryMmap<OwnWrites>;
 
 /// What went wrong with guest RAM.
 #[derive(Debug, thiserror::Error)]
@@ -349,15 +348,14 @@ impl AsRef<[u8]> for Shadow {
     }
 }
 
-fn region(mapping: &Mapping, file: &File, slot: &Slot) -> Result<GuestRegionMmap<AtomicBitmap>, MemoryError> {
+fn region(mapping: &Mapping, file: &File, slot: &Slot) -> Result<GuestRegionMmap<OwnWrites>, MemoryError> {
     let refused = |e: &dyn std::fmt::Display| MemoryError::Map(e.to_string());
     let offset = slot.first_page * PAGE_BYTES as u64;
     let bytes = usize::try_from(slot.bytes).map_err(|e| refused(&e))?;
-    let page = NonZeroUsize::new(PAGE_BYTES).ok_or(MemoryError::Map("page size 0".into()))?;
     let handle = file.try_clone().map_err(|e| refused(&e))?;
     // SAFETY: the slot lies inside the mapping by construction of `slots`.
     let start = unsafe { mapping.base.as_ptr().add(offset as usize) };
-    let builder = MmapRegionBuilder::new_with_bitmap(bytes, AtomicBitmap::new(bytes, page))
+    let builder = MmapRegionBuilder::new_with_bitmap(bytes, OwnWrites::new(bytes))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
         .with_file_offset(FileOffset::new(handle, offset));
