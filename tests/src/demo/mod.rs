@@ -30,6 +30,9 @@ pub struct Options {
     /// Checkpoints to commit before the host dies.
     #[arg(long, default_value_t = 25)]
     pub epochs: u64,
+    /// A small guest that writes little, for an emulated machine.
+    #[arg(long)]
+    pub slow: bool,
 }
 
 /// The figures of a run.
@@ -54,8 +57,9 @@ pub struct Figures {
 }
 
 const VM: &str = "demo";
-const MEMORY_MIB: u64 = 256;
-const WORK_MIB: u64 = 160;
+/// The guest's memory, the pages it works on (both in MiB), and its writes a second.
+const ORDINARY: (u64, u64, u64) = (256, 160, 2000);
+const SLOW: (u64, u64, u64) = (64, 16, 100);
 
 fn say(text: impl AsRef<str>) {
     println!("{}", text.as_ref());
@@ -93,8 +97,9 @@ pub fn tell(options: &Options) -> Result<Figures> {
         ));
     }
 
+    let (memory_mib, work_mib, rate) = if options.slow { SLOW } else { ORDINARY };
     say(format!(
-        "2/6  A guest of {MEMORY_MIB} MiB that writes {WORK_MIB} MiB of stamped pages and checks them all along."
+        "2/6  A guest of {memory_mib} MiB that writes {work_mib} MiB of stamped pages and checks them all along."
     ));
     let holders = cluster
         .agents
@@ -103,8 +108,8 @@ pub fn tell(options: &Options) -> Result<Figures> {
         .collect::<Vec<_>>()
         .join(",");
     let (memory, work) = (
-        format!("{MEMORY_MIB}M"),
-        format!("mib={WORK_MIB} rate=2000 verify=4 heartbeat_ms=100"),
+        format!("{memory_mib}M"),
+        format!("mib={work_mib} rate={rate} verify=4 heartbeat_ms=100"),
     );
     let protect = ["--memory", &memory, "--protect-to", &holders, "--every", "200ms"];
     let mut machine = cluster.launch(VM, "churn", &work, &protect)?;
@@ -114,7 +119,7 @@ pub fn tell(options: &Options) -> Result<Figures> {
     ));
 
     say("3/6  It is checkpointed every 200 ms; a checkpoint counts when both agents have it on disk.");
-    let seen = watch(&cluster, &machine, options.epochs)?;
+    let seen = watch(&cluster, &machine, options.epochs, work_mib)?;
 
     say(format!("4/6  The host dies: SIGKILL to process {}.", machine.pid));
     machine.kill()?;
@@ -160,6 +165,8 @@ pub fn tell(options: &Options) -> Result<Figures> {
 
 /// What was seen of the protected guest.
 struct Seen {
+    /// What the guest works on, in MiB.
+    work_mib: u64,
     epochs: u64,
     committed: String,
     /// What the guest had written, at least, when that checkpoint was taken.
@@ -169,7 +176,7 @@ struct Seen {
 }
 
 /// Watches until `epochs` checkpoints are committed and the guest has filled its memory.
-fn watch(cluster: &Cluster, machine: &crate::harness::Machine, epochs: u64) -> Result<Seen> {
+fn watch(cluster: &Cluster, machine: &crate::harness::Machine, epochs: u64, work_mib: u64) -> Result<Seen> {
     let progress = bar(epochs, "checkpoints committed")?;
     // (epoch, count): every checkpoint after `epoch` was taken when the guest had written at least `count`.
     let mut bounds: Vec<(u64, u64)> = Vec::new();
@@ -192,6 +199,7 @@ fn watch(cluster: &Cluster, machine: &crate::harness::Machine, epochs: u64) -> R
             .find(|(epoch, _)| *epoch < committed)
             .map_or(0, |(_, count)| *count);
         Ok((committed >= epochs && filled && at > 0).then(|| Seen {
+            work_mib,
             epochs: committed,
             committed: status["committed"].as_str().unwrap_or_default().to_owned(),
             committed_at: at,
@@ -220,7 +228,7 @@ fn go_on(
     running_ms: f64,
 ) -> Result<Figures> {
     say("6/6  The guest goes on, and checks every page it has.");
-    let pages = WORK_MIB << 8;
+    let pages = seen.work_mib << 8;
     let progress = bar(pages, "pages checked since")?;
     let (first, last) = wait_for("the guest to check its memory", || {
         let console = successor.console().unwrap_or_default();
