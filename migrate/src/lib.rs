@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod ca;
 pub mod checkpoint;
 pub mod crashsafe;
 pub mod detect;

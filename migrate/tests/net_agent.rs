@@ -161,7 +161,7 @@ async fn segments_are_listed_shown_and_forgotten() {
         "127.0.0.1:0",
         &["--registry", &a.address],
     );
-    let registry = Registry::remote(&a.address, "test");
+    let registry = Registry::remote(&a.address, &tester());
     let generation = create(&registry, "web", &[&a.address, &b.address], 2).await;
     let mut owner = Owner::start(
         dir.path(),
@@ -272,7 +272,7 @@ async fn promote_fetches_spawns_and_fences() {
     // Not a holder: it has nothing of the VM, and gets it from the one that is.
     let more = ["--vmm", vmm.as_str(), "--registry", &a.address];
     let mut b = Served::start(&dir.path().join("b"), "b", "127.0.0.1:0", &more);
-    let registry = Registry::remote(&a.address, "test");
+    let registry = Registry::remote(&a.address, &tester());
     let generation = create(&registry, "web", &[&a.address], 1).await;
     let mut owner = Owner::start(dir.path(), "web", generation, &[&a.address], 1, None);
     for _ in 0..5 {
@@ -362,7 +362,7 @@ async fn a_restore_that_fails_says_why_and_can_be_tried_again() {
     let failing = fake_vmm(dir.path(), "failing", says).display().to_string();
     let data = dir.path().join("a");
     let mut a = Served::start(&data, "a", "127.0.0.1:0", &["--vmm", &failing]);
-    let registry = Registry::remote(&a.address, "test");
+    let registry = Registry::remote(&a.address, &tester());
     let generation = create(&registry, "web", &[&a.address], 1).await;
     let mut owner = Owner::start(dir.path(), "web", generation, &[&a.address], 1, None);
     let last = owner.take(4);
@@ -439,7 +439,7 @@ async fn a_promote_without_enough_holders_or_on_a_storage_node_is_refused() {
     let a = Served::start(&dir.path().join("a"), "a", "127.0.0.1:0", &["--vmm", &vmm]);
     let more = ["--registry", &a.address, "--roles", "store"];
     let mut b = Served::start(&dir.path().join("b"), "b", "127.0.0.1:0", &more);
-    let registry = Registry::remote(&a.address, "test");
+    let registry = Registry::remote(&a.address, &tester());
     // Committed by one of two: a takeover has to hear both.
     let generation = create(&registry, "web", &[&a.address, &b.address], 1).await;
     let mut owner = Owner::start(dir.path(), "web", generation, &[&a.address, &b.address], 1, None);

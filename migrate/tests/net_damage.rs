@@ -39,7 +39,7 @@ impl Pair {
         let a = Served::start(&dir.path().join("a"), "a", "127.0.0.1:0", &["--vmm", &vmm]);
         let more = ["--vmm", vmm.as_str(), "--registry", &a.address];
         let b = Served::start(&dir.path().join("b"), "b", "127.0.0.1:0", &more);
-        let registry = Registry::remote(&a.address, "test");
+        let registry = Registry::remote(&a.address, &tester());
         let holders = [a.address.as_str(), b.address.as_str()];
         let generation = create(&registry, "web", &holders, 2).await;
         let shared = Some(registry.clone());

@@ -9,12 +9,12 @@ use migrate::agent::{Agent, Housekeeping};
 use migrate::registry::RegistryAddr;
 use migrate::transport::Client;
 use migrate::wire::{Call, FoldCall, KeepCall, Reply, VerifyCall};
-use net_common::{Owner, agent_with, config, create, first_agent, name, put, vm};
+use net_common::{Owner, agent_with, config, create, first_agent, name, put, tester, vm};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
 async fn ask(agent: &Agent, call: Call) -> Reply {
-    let mut client = Client::connect(agent.address(), "test").await.unwrap();
+    let mut client = Client::connect(agent.address(), &tester()).await.unwrap();
     client.call(call, PATIENCE).await.unwrap()
 }
 
@@ -75,7 +75,7 @@ async fn a_policy_reaches_every_holder_and_is_carried_out() {
             agent.store().chain(&entry.name).unwrap();
         }
     }
-    let mut client = Client::connect(b.address(), "test").await.unwrap();
+    let mut client = Client::connect(b.address(), &tester()).await.unwrap();
     let call = KeepCall {
         vm: vm("web"),
         policy: Some("last=none".into()),

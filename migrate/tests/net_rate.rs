@@ -87,7 +87,7 @@ async fn registry() {
     let agent = first_agent(dir.path()).await;
     for (what, r) in [
         ("embedded", embedded),
-        ("remote", Registry::remote(agent.address(), "rate")),
+        ("remote", Registry::remote(agent.address(), &tester())),
     ] {
         create(&r, "web", &["127.0.0.1:1"], 1).await;
         let mut generation = Generation(1);

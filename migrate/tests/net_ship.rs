@@ -399,7 +399,7 @@ async fn a_registry_that_is_away_holds_nothing_up() {
     let keeper_address = keeper.address().to_owned();
     let holder = agent_with(dir.path(), "b", &keeper).await;
     let generation = create(keeper.registry(), "web", &[holder.address()], 1).await;
-    let registry = migrate::registry::Registry::remote(&keeper_address, "owner");
+    let registry = migrate::registry::Registry::remote(&keeper_address, &tester());
     keeper.stop().await;
     // Someone who hangs up at once, so that it is seen that it was tried in vain.
     let listener = TcpListener::bind(&keeper_address).await.unwrap();

@@ -7,20 +7,19 @@ use std::time::Duration;
 
 use migrate::agent::Agent;
 use migrate::registry::RegistryAddr;
-use migrate::transport::{Client, Link, dial, greet};
+use migrate::transport::{Client, Link, greet};
 use migrate::wire::{
     Call, End, Fenced, Held, Message, NameCall, Offer, Open, Position, Purpose, RefuseReason, Reject, Reply,
     SealCall,
 };
 use net_common::*;
 use segment::{Generation, SegmentName, SegmentReader};
-use tokio::net::TcpStream;
 
-struct Raw(Link<TcpStream>);
+struct Raw(Link<migrate::transport::Stream>);
 
 impl Raw {
     async fn connect(agent: &Agent) -> Self {
-        let mut link = Link::new(dial(agent.address()).await.unwrap(), "agent");
+        let mut link = Link::new(tester().dial(agent.address()).await.unwrap().0, "agent");
         let welcome = greet(&mut link, Purpose::Ship, "", "test").await.unwrap();
         assert_eq!(welcome.node, "a");
         Self(link)
@@ -210,7 +209,7 @@ async fn what_is_not_what_was_offered_is_not_acknowledged() {
 }
 
 async fn seal(agent: &str, generation: u64) -> Result<Reply, migrate::transport::CallError> {
-    let mut client = Client::connect(agent, "test").await.unwrap();
+    let mut client = Client::connect(agent, &tester()).await.unwrap();
     let call = SealCall {
         vm: vm("web"),
         generation: Generation(generation),
@@ -311,7 +310,7 @@ async fn frames_out_of_order_are_refused_in_words() {
     )
     .await;
     assert!(matches!(raw.next().await, Message::Reject(_)));
-    let mut link = Link::new(dial(agent.address()).await.unwrap(), "agent");
+    let mut link = Link::new(tester().dial(agent.address()).await.unwrap().0, "agent");
     greet(&mut link, Purpose::Call, "", "test").await.unwrap();
     let mut raw = Raw(link);
     raw.send(1, Message::Chunk(vec![1])).await;
@@ -335,7 +334,7 @@ async fn connections_are_bounded() {
             open.len() <= migrate::agent::MAX_CONNECTIONS,
             "they are not bounded"
         );
-        match Client::connect(agent.address(), "test").await {
+        match Client::connect(agent.address(), &tester()).await {
             Ok(client) => open.push(client),
             Err(error) => break error,
         }
@@ -347,7 +346,7 @@ async fn connections_are_bounded() {
     open.clear();
     // Room again.
     let start = tokio::time::Instant::now();
-    while Client::connect(agent.address(), "test").await.is_err() {
+    while Client::connect(agent.address(), &tester()).await.is_err() {
         assert!(start.elapsed() < PATIENCE);
         tokio::time::sleep(Duration::from_millis(5)).await;
     }

@@ -17,6 +17,10 @@ use serde_json::Value;
 /// How long anything may take before it counts as hung.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(10);
+/// The node that VMs are launched on.
+pub const HOST: &str = "oak";
+/// Who gives orders.
+pub const OPERATOR: &str = "operator";
 
 /// Where the binaries are.
 #[derive(Debug, Clone)]
@@ -151,13 +155,44 @@ impl Cluster {
         std::fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
         guest_images::write_all(folder)
             .with_context(|| format!("write the guests to {}", folder.display()))?;
-        Ok(Self {
+        let cluster = Self {
             binaries: Binaries::find()?,
             folder: folder.to_owned(),
             keep,
             agents: Vec::new(),
             machines: Vec::new(),
-        })
+        };
+        if !cluster.authority().exists() {
+            run(Command::new(&cluster.binaries.standby)
+                .args(["ca", "init"])
+                .arg(cluster.authority()))?;
+            cluster.issue(HOST, "owner")?;
+            cluster.issue(OPERATOR, "operator")?;
+        }
+        Ok(cluster)
+    }
+
+    /// The folder of the cluster's authority.
+    #[must_use]
+    pub fn authority(&self) -> PathBuf {
+        self.folder.join("ca")
+    }
+
+    /// The folder of a node's certificate.
+    #[must_use]
+    pub fn certificate(&self, node: &str) -> PathBuf {
+        self.authority().join(node)
+    }
+
+    /// Issues a certificate.
+    ///
+    /// # Errors
+    /// When it cannot be.
+    pub fn issue(&self, node: &str, roles: &str) -> Result<()> {
+        run(Command::new(&self.binaries.standby)
+            .args(["ca", "issue", node, "--role", roles, "--ca"])
+            .arg(self.authority()))
+        .map(drop)
     }
 
     /// A guest's kernel.
@@ -188,6 +223,10 @@ impl Cluster {
         ]
         .map(str::to_owned)
         .into();
+        if !self.certificate(name).exists() {
+            self.issue(name, "execute,store")?;
+        }
+        arguments.extend(["--tls".into(), self.certificate(name).display().to_string()]);
         arguments.extend(["--data".into(), data.display().to_string()]);
         arguments.extend(["--vmm".into(), self.binaries.vmm.display().to_string()]);
         arguments.extend(more.iter().map(|&a| a.to_owned()));
@@ -258,19 +297,24 @@ impl Cluster {
             .collect()
     }
 
-    /// `standby` speaking to an agent.
+    /// `standby` speaking to an agent, with an operator's certificate.
     #[must_use]
     pub fn standby(&self, agent: usize) -> Command {
         let mut command = Command::new(&self.binaries.standby);
-        command.args(["--agent", &self.agents[agent].address]);
+        command
+            .args(["--agent", &self.agents[agent].address])
+            .env("UNDERSTUDY_TLS", self.certificate(OPERATOR));
         command
     }
 
-    /// `vmm`, with a run folder of this cluster.
+    /// `vmm`, with a run folder of this cluster and the certificate of a host that runs VMs.
     #[must_use]
     pub fn vmm(&self, command: &str, run_dir: &Path) -> Command {
         let mut vmm = Command::new(&self.binaries.vmm);
-        vmm.arg(command).arg("--run-dir").arg(run_dir);
+        vmm.arg(command)
+            .arg("--run-dir")
+            .arg(run_dir)
+            .env("UNDERSTUDY_TLS", self.certificate(HOST));
         vmm
     }
 

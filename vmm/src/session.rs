@@ -16,6 +16,7 @@ use migrate::registry::VmState;
 use migrate::shipper::{Shipper, ShipperConfig};
 use migrate::spool::{Position, Spool};
 use migrate::store::{Durability, FsStore, StoreError};
+use migrate::transport::IdentityArgs;
 use segment::{Generation, SegmentName, VmId};
 use tokio::sync::mpsc;
 
@@ -53,6 +54,8 @@ pub struct SessionConfig {
     pub protection: Option<Protection>,
     /// The generation this process owns; `None` to be given one by the registry (a new VM), or 1 without one.
     pub generation: Option<Generation>,
+    /// Who this process is to the holders and the registry.
+    pub trust: IdentityArgs,
 }
 
 /// What a restore starts from.
@@ -258,7 +261,7 @@ impl Session {
         let config = ShipperConfig::new(
             self.config.name.clone(),
             self.generation,
-            &ownership.owner,
+            &ownership.identity,
             ownership.protection.holders.clone(),
             quorum,
             Some(ownership.registry.clone()),
@@ -386,7 +389,7 @@ impl Session {
                 }
             }
             (None, Some(new)) => {
-                let mut ownership = Ownership::prepare(&self.config.name, new).await?;
+                let mut ownership = Ownership::prepare(&self.config.name, new, &self.config.trust).await?;
                 // The session's generation is in every checkpoint it has taken, so it cannot change: the registry
                 // must give the very same one.
                 ownership.claim_exactly(self.generation).await?;
@@ -561,7 +564,7 @@ async fn own(
     let Some(protection) = config.protection.clone() else {
         return Ok((None, config.generation.unwrap_or(floor.next())));
     };
-    let mut ownership = Ownership::prepare(&config.name, protection).await?;
+    let mut ownership = Ownership::prepare(&config.name, protection, &config.trust).await?;
     let generation = match config.generation {
         Some(generation) => ownership.confirm(generation).await?,
         None => ownership.claim(floor, implied.as_ref()).await?,

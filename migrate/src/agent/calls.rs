@@ -396,7 +396,7 @@ async fn forget(inner: &Arc<Inner>, call: ForgetCall) -> Result<ForgetReport, Fa
 }
 
 async fn forget_at(inner: &Inner, holder: &str, vm: &VmId) -> Result<(), String> {
-    let mut client = Client::connect(holder, &inner.name)
+    let mut client = Client::connect(holder, &inner.identity)
         .await
         .map_err(|e| e.in_full())?;
     let call = ForgetCall {

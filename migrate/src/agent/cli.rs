@@ -13,11 +13,12 @@ use segment::{SegmentName, VmId};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Agent, AgentConfig, AgentError, Housekeeping, view};
+use crate::ca::{CaCommand, CaError};
 use crate::placement::LabelRule;
 use crate::protect::DEFAULT_MAX_LINKS;
 use crate::registry::{EtcdAccess, NodeRecord, Registry, RegistryAddr, RegistryError, Role, VmRecord};
 use crate::store::KeepPolicy;
-use crate::transport::{CallError, Client, TransportError, in_full};
+use crate::transport::{CallError, Client, Identity, IdentityArgs, TransportError, in_full};
 use crate::wire::{
     Call, ForgetCall, KeepCall, ListCall, MAX_PAGE_SEGMENTS, NameCall, Nothing, PromoteCall, Reply,
     SegmentBrief,
@@ -41,6 +42,8 @@ pub struct Cli {
         default_value = "127.0.0.1:7400"
     )]
     agent: String,
+    #[command(flatten)]
+    identity: IdentityArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -49,6 +52,9 @@ pub struct Cli {
 enum Command {
     /// Run the agent of this host.
     Serve(Box<ServeArgs>),
+    /// Make certificates for the nodes of a cluster.
+    #[command(subcommand)]
+    Ca(CaCommand),
     /// List the segments an agent holds; of one VM: its restore points.
     Ls {
         /// Only those of this VM.
@@ -108,10 +114,13 @@ struct ServeArgs {
     /// Where to listen.
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7400")]
     listen: String,
+    /// The address by which others reach it [default: the one it listens on]
+    #[arg(long, value_name = "HOST:PORT")]
+    advertise: Option<String>,
     /// The directory for segments, the registry and what runs here.
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
-    /// This node's name, unique in the cluster [default: the host's name].
+    /// This node's name, unique in the cluster [default: the certificate's; without one, the host's name].
     #[arg(long)]
     name: Option<String>,
     /// What this node does.
@@ -199,6 +208,14 @@ enum CliError {
         #[source]
         source: Box<TransportError>,
     },
+    #[error(
+        "the certificate is of node {certificate}, not of {name}: leave --name out, or name its own folder with --tls"
+    )]
+    OtherName { name: String, certificate: String },
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    #[error(transparent)]
+    Ca(#[from] CaError),
     #[error(transparent)]
     Call(#[from] CallError),
     #[error(transparent)]
@@ -240,9 +257,19 @@ impl Cli {
     }
 
     async fn dispatch(self) -> Result<(), CliError> {
-        let agent = self.agent;
+        if let Command::Ca(command) = self.command {
+            print(&command.run()?);
+            return Ok(());
+        }
+        if let Command::Serve(args) = self.command {
+            return serve(*args, &self.identity).await;
+        }
+        let agent = Agency {
+            address: self.agent,
+            identity: self.identity.identity("standby")?,
+        };
         match self.command {
-            Command::Serve(args) => serve(*args).await,
+            Command::Serve(_) | Command::Ca(_) => Ok(()),
             Command::Ls { vm, json } => ls(&agent, vm, json).await,
             Command::Keep(keep) => keep.run(&agent).await,
             Command::Fold(fold) => fold.run(&agent).await,
@@ -266,16 +293,23 @@ impl Cli {
     }
 }
 
-async fn serve(args: ServeArgs) -> Result<(), CliError> {
-    let name = match args.name {
-        Some(name) => name,
-        None => std::fs::read_to_string("/proc/sys/kernel/hostname")
+async fn serve(args: ServeArgs, identity: &IdentityArgs) -> Result<(), CliError> {
+    let host = || {
+        std::fs::read_to_string("/proc/sys/kernel/hostname")
             .map(|n| n.trim().to_owned())
             .map_err(|source| CliError::System {
                 what: "find the host's name: give one with --name",
                 source,
-            })?,
+            })
     };
+    let wanted = args.name.clone().map_or_else(host, Ok)?;
+    let identity = identity.identity(&wanted)?;
+    if let Some(name) = args.name.filter(|name| *name != identity.name()) {
+        return Err(CliError::OtherName {
+            name,
+            certificate: identity.name().to_owned(),
+        });
+    }
     // Before anything is opened: a signal that comes while the agent starts ends it cleanly too.
     let signals = |kind| {
         signal(kind).map_err(|source| CliError::System {
@@ -289,8 +323,9 @@ async fn serve(args: ServeArgs) -> Result<(), CliError> {
     );
     let config = AgentConfig {
         listen: args.listen,
+        advertise: args.advertise,
         data: args.data,
-        name,
+        identity,
         roles: args.roles,
         registry: args.registry,
         budget: args.budget.map(|b| b.as_u64()),
@@ -324,12 +359,18 @@ async fn serve(args: ServeArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-async fn connect(agent: &str) -> Result<Client, CliError> {
-    Client::connect(agent, "standby")
+/// Which agent is asked, and by whom.
+struct Agency {
+    address: String,
+    identity: Identity,
+}
+
+async fn connect(agent: &Agency) -> Result<Client, CliError> {
+    Client::connect(&agent.address, &agent.identity)
         .await
         .map_err(|source| match source {
             source @ (TransportError::Connect { .. } | TransportError::Timeout { .. }) => CliError::NoAgent {
-                address: agent.to_owned(),
+                address: agent.address.clone(),
                 source: Box::new(source),
             },
             other => CliError::Call(other.into()),
@@ -357,7 +398,7 @@ async fn list(client: &mut Client, vm: Option<VmId>) -> Result<Vec<SegmentBrief>
     }
 }
 
-async fn ls(agent: &str, vm: Option<VmId>, json: bool) -> Result<(), CliError> {
+async fn ls(agent: &Agency, vm: Option<VmId>, json: bool) -> Result<(), CliError> {
     let mut client = connect(agent).await?;
     let segments = list(&mut client, vm.clone()).await?;
     if json {
@@ -382,7 +423,7 @@ async fn ls(agent: &str, vm: Option<VmId>, json: bool) -> Result<(), CliError> {
     Ok(())
 }
 
-async fn show(agent: &str, name: SegmentName, json: bool) -> Result<(), CliError> {
+async fn show(agent: &Agency, name: SegmentName, json: bool) -> Result<(), CliError> {
     let mut client = connect(agent).await?;
     let Reply::Show(detail) = client.call(Call::Show(NameCall { name }), READ_DEADLINE).await? else {
         return Err(CliError::Mismatch);
@@ -395,7 +436,7 @@ async fn show(agent: &str, name: SegmentName, json: bool) -> Result<(), CliError
 }
 
 async fn promote(
-    agent: &str,
+    agent: &Agency,
     vm: VmId,
     json: bool,
     dry_run: bool,
@@ -417,7 +458,7 @@ async fn promote(
     Ok(())
 }
 
-async fn forget(agent: &str, vm: VmId, force: bool) -> Result<(), CliError> {
+async fn forget(agent: &Agency, vm: VmId, force: bool) -> Result<(), CliError> {
     let mut client = connect(agent).await?;
     let call = Call::Forget(ForgetCall {
         vm: vm.clone(),
@@ -431,7 +472,7 @@ async fn forget(agent: &str, vm: VmId, force: bool) -> Result<(), CliError> {
     Ok(())
 }
 
-async fn status(agent: &str, json: bool) -> Result<(), CliError> {
+async fn status(agent: &Agency, json: bool) -> Result<(), CliError> {
     let mut client = connect(agent).await?;
     let Reply::Status(status) = client.call(Call::Status(Nothing {}), READ_DEADLINE).await? else {
         return Err(CliError::Mismatch);
@@ -440,10 +481,10 @@ async fn status(agent: &str, json: bool) -> Result<(), CliError> {
         .welcome()
         .registry
         .clone()
-        .unwrap_or_else(|| agent.to_owned());
+        .unwrap_or_else(|| agent.address.clone());
     // The agent's own state is worth showing when the registry is away.
     let cluster = match &status.registry_problem {
-        None => Some(cluster(&Registry::remote(&registry, "standby")).await?),
+        None => Some(cluster(&Registry::remote(&registry, &agent.identity)).await?),
         Some(_) => None,
     };
     let (nodes, vms) = cluster.unwrap_or_default();

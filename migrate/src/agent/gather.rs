@@ -221,7 +221,7 @@ impl Gathering<'_> {
 
     async fn ask(&mut self, holder: &str, call: Call) -> Result<Reply, String> {
         if !self.clients.contains_key(holder) {
-            let connected = Client::connect(holder, &self.inner.name).await;
+            let connected = Client::connect(holder, &self.inner.identity).await;
             self.clients
                 .insert(holder.to_owned(), connected.map_err(|e| e.in_full()));
         }

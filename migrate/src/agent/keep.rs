@@ -80,7 +80,7 @@ async fn keep_elsewhere(inner: &Arc<Inner>, vm: &VmId, policy: &str) -> Vec<Stri
 }
 
 async fn keep_at(inner: &Inner, holder: &str, vm: &VmId, policy: &str) -> Result<(), String> {
-    let mut client = Client::connect(holder, &inner.name)
+    let mut client = Client::connect(holder, &inner.identity)
         .await
         .map_err(|e| e.in_full())?;
     let call = KeepCall {

@@ -40,7 +40,8 @@ use crate::registry::{
     Remote, Role, random_id, recall,
 };
 use crate::store::{Durability, FsStore, StoreError};
-use crate::transport::{ByteStream, Link, TransportError, expect_hello, in_full, listen};
+use crate::transport::certificate::{MAX_NODE_NAME_BYTES, is_node_name};
+use crate::transport::{CertRole, Identity, Link, Peer, Stream, TransportError, expect_hello, in_full};
 use crate::wire::{Message, Purpose, Reject, Welcome};
 use member::Member;
 use sessions::Sessions;
@@ -51,8 +52,6 @@ pub use spawn::find_vmm;
 
 /// The most connections at once.
 pub const MAX_CONNECTIONS: usize = 256;
-/// The longest name of a node, in bytes.
-pub const MAX_NODE_NAME_BYTES: usize = 64;
 /// How long the end waits for connections.
 const SHUTDOWN: Duration = Duration::from_secs(2);
 /// How long accepting pauses after it failed (too many open files).
@@ -65,8 +64,10 @@ pub struct AgentConfig {
     pub listen: String,
     /// The data directory.
     pub data: PathBuf,
-    /// The node's name.
-    pub name: String,
+    /// The address by which others reach it, when it is not the one it listens on.
+    pub advertise: Option<String>,
+    /// Who this node is; its name is the node's.
+    pub identity: Identity,
     /// What it does.
     pub roles: Vec<Role>,
     /// Where the registry is.
@@ -97,6 +98,22 @@ pub enum AgentError {
     Name {
         /// As it was given.
         name: String,
+    },
+    /// It is to do what its certificate does not allow.
+    #[error(
+        "the certificate of {name} does not have the role {role}: issue one that has, or leave it out of --roles"
+    )]
+    Role {
+        /// The node's name.
+        name: String,
+        /// The role.
+        role: Role,
+    },
+    /// Nobody can reach it at the address it listens on.
+    #[error("others cannot reach this node at {listen}: say the address they use with --advertise HOST:PORT")]
+    Advertise {
+        /// Where it listens.
+        listen: String,
     },
     /// The data directory cannot be used.
     #[error("use the data directory {}", path.display())]
@@ -129,6 +146,7 @@ pub enum AgentError {
 struct Inner {
     name: String,
     address: String,
+    identity: Identity,
     roles: Vec<Role>,
     data: PathBuf,
     store: Arc<FsStore>,
@@ -163,7 +181,8 @@ impl Agent {
         let AgentConfig {
             listen: wanted,
             data,
-            name,
+            advertise,
+            identity,
             roles,
             registry,
             budget,
@@ -174,7 +193,9 @@ impl Agent {
             etcd: access,
             lease_ttl,
         } = config;
+        let name = identity.name().to_owned();
         check_name(&name)?;
+        check_roles(&identity, &roles)?;
         let usable = |source| AgentError::Data {
             path: data.clone(),
             source,
@@ -195,11 +216,16 @@ impl Agent {
                 let path = data.join("registry.redb");
                 Registry::after(blocking(move || Embedded::open(&path)).await?, seen)
             }
-            RegistryAddr::Agent(address) => Registry::after(Remote::new(address, &name), seen),
+            RegistryAddr::Agent(address) => Registry::after(Remote::new(address, &identity), seen),
             RegistryAddr::Etcd(etcd) => Registry::after(Etcd::new(etcd, &access)?, seen),
         };
-        let listener = listen(&wanted).await?;
-        let address = listener.local_addr().map_err(usable)?.to_string();
+        let listener = identity.listen(&wanted).await?;
+        let bound = listener.local_addr().map_err(usable)?;
+        let address = match advertise {
+            Some(address) => address,
+            None if bound.ip().is_unspecified() => return Err(AgentError::Advertise { listen: wanted }),
+            None => bound.to_string(),
+        };
 
         let node = NodeRecord {
             name: name.clone(),
@@ -219,6 +245,7 @@ impl Agent {
         let inner = Arc::new(Inner {
             name,
             address,
+            identity,
             roles,
             data,
             store,
@@ -301,13 +328,32 @@ async fn blocking<T: Send + 'static, E: Send + 'static>(
 }
 
 fn check_name(name: &str) -> Result<(), AgentError> {
-    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
-    if name.is_empty() || name.len() > MAX_NODE_NAME_BYTES || !name.bytes().all(allowed) {
+    if !is_node_name(name) {
         return Err(AgentError::Name {
             name: name.chars().take(80).collect(),
         });
     }
     Ok(())
+}
+
+/// A node does what its certificate allows.
+fn check_roles(identity: &Identity, roles: &[Role]) -> Result<(), AgentError> {
+    let Some(certificate) = identity.certificate() else {
+        return Ok(());
+    };
+    let allowed = |role: &Role| {
+        certificate.node.has(match role {
+            Role::Execute => CertRole::Execute,
+            Role::Store => CertRole::Store,
+        })
+    };
+    match roles.iter().find(|role| !allowed(role)) {
+        Some(role) => Err(AgentError::Role {
+            name: certificate.node.name.clone(),
+            role: *role,
+        }),
+        None => Ok(()),
+    }
 }
 
 /// The id of the data directory, made when there is none.
@@ -375,15 +421,26 @@ async fn accept(inner: Arc<Inner>, listener: TcpListener) {
 }
 
 async fn greeted(inner: &Arc<Inner>, stream: TcpStream, peer: &str) {
-    if let Err(error) = stream.set_nodelay(true) {
-        return tracing::debug!(peer, %error, "a connection broke at once");
-    }
-    if let Err(error) = serve(inner, stream, peer).await {
-        tracing::debug!(peer, error = %in_full(&error), "a connection ended");
+    let served = async {
+        let (stream, who) = inner.identity.accept(stream, peer).await?;
+        serve(inner, stream, peer, &who).await
+    };
+    match served.await {
+        Ok(()) => {}
+        // Someone has to do something about it.
+        Err(
+            error @ (TransportError::Untrusted { .. }
+            | TransportError::Mixed { .. }
+            | TransportError::Version { .. }),
+        ) => {
+            tracing::warn!(peer, error = %in_full(&error), "a connection was refused");
+        }
+        Err(error) => tracing::debug!(peer, error = %in_full(&error), "a connection ended"),
     }
 }
 
-async fn serve<S: ByteStream>(inner: &Arc<Inner>, stream: S, peer: &str) -> Result<(), TransportError> {
+async fn serve(inner: &Arc<Inner>, stream: Stream, peer: &str, who: &Peer) -> Result<(), TransportError> {
+    tracing::debug!(peer, %who, "connected");
     let mut link = Link::new(stream, peer);
     let (hello, version) = expect_hello(&mut link, "").await?;
     let welcome = Welcome {

@@ -211,7 +211,7 @@ async fn seal(
     generation: Generation,
 ) -> Result<Holding, SealFailure> {
     let unreachable = |why: String| SealFailure::Unreachable { why };
-    let mut client = Client::connect(holder, &inner.name)
+    let mut client = Client::connect(holder, &inner.identity)
         .await
         .map_err(|e| unreachable(e.in_full()))?;
     let call = Call::Seal(SealCall {
@@ -232,7 +232,7 @@ async fn seal(
 }
 
 async fn ask(inner: &Inner, holder: &str, vm: &VmId, thorough: bool) -> Result<Holding, String> {
-    let mut client = Client::connect(holder, &inner.name)
+    let mut client = Client::connect(holder, &inner.identity)
         .await
         .map_err(|e| e.in_full())?;
     let call = Call::Holding(HoldingCall {

@@ -106,6 +106,7 @@ pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief
         &registry,
     ]);
     command
+        .args(inner.identity.flags())
         .arg("--run-dir")
         .arg(&run_dir)
         .arg("--ready-stdout")

@@ -36,7 +36,7 @@ use std::sync::Arc;
 use segment::{Generation, SegmentName, VmId};
 
 use crate::placement::Policy;
-use crate::transport::Client;
+use crate::transport::{Client, Identity};
 
 pub use addr::{EtcdAccess, EtcdAddr, MAX_ENDPOINTS, RegistryAddr};
 pub use embedded::{Embedded, OpenError};
@@ -142,24 +142,24 @@ impl Registry {
         }))
     }
 
-    /// The one that the agents at `address` (HOST:PORT,..) answer for. Connects when it is first asked; `name` is who
-    /// asks, for the agent's log.
+    /// The one that the agents at `address` (HOST:PORT,..) answer for. Connects when it is first asked, as
+    /// `identity`.
     #[must_use]
-    pub fn remote(address: &str, name: &str) -> Self {
-        Self::new(Remote::new(address, name))
+    pub fn remote(address: &str, identity: &Identity) -> Self {
+        Self::new(Remote::new(address, identity))
     }
 
     /// The one that the agents at `holders` belong to: the first that answers says where it is.
     ///
     /// # Errors
     /// [`RegistryError::Unavailable`] when none of them answers.
-    pub async fn of_holders(holders: &[String], name: &str) -> Result<Self, RegistryError> {
+    pub async fn of_holders(holders: &[String], identity: &Identity) -> Result<Self, RegistryError> {
         let mut failures = Vec::new();
         for holder in holders {
-            match Client::connect(holder, name).await {
+            match Client::connect(holder, identity).await {
                 Ok(client) => {
                     let at = client.welcome().registry.clone();
-                    return Ok(Self::remote(at.as_deref().unwrap_or(holder), name));
+                    return Ok(Self::remote(at.as_deref().unwrap_or(holder), identity));
                 }
                 Err(error) => failures.push(error.in_full()),
             }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 
 use super::{Answer, Answered, Backend, RegistryError, RegistryRequest, RegistryResponse, Stamp};
-use crate::transport::{CallError, Client};
+use crate::transport::{CallError, Client, Identity};
 use crate::wire::{Call, Reply};
 
 /// How long a request may take at one agent, connecting included.
@@ -16,7 +16,7 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Remote {
     addresses: Vec<String>,
-    name: String,
+    identity: Identity,
     /// The one that answered last.
     current: AtomicUsize,
     // One question at a time on one connection; a task that waits for the answer holds it.
@@ -26,12 +26,12 @@ pub struct Remote {
 }
 
 impl Remote {
-    /// At `address` (HOST:PORT, or several separated by commas), asked by `name`. Connects when it is first asked.
+    /// At `address` (HOST:PORT, or several separated by commas), asked by `identity`. Connects when it is first asked.
     #[must_use]
-    pub fn new(address: &str, name: &str) -> Self {
+    pub fn new(address: &str, identity: &Identity) -> Self {
         Self {
             addresses: address.split(',').map(|a| a.trim().to_owned()).collect(),
-            name: name.to_owned(),
+            identity: identity.clone(),
             current: AtomicUsize::new(0),
             client: Mutex::new(None),
             watching: Mutex::new(None),
@@ -78,7 +78,7 @@ impl Remote {
         loop {
             let mut client = match kept.take() {
                 Some(client) if client.peer() == address => client,
-                Some(_) | None => Client::connect(address, &self.name)
+                Some(_) | None => Client::connect(address, &self.identity)
                     .await
                     .map_err(|e| e.in_full())?,
             };

@@ -9,12 +9,11 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
 use crate::protocol::SenderEvent;
 use crate::store::StoreError;
-use crate::transport::{FrameWriter, Link, TransportError, dial, greet, in_full};
+use crate::transport::{FrameWriter, Identity, Link, Stream, TransportError, connect, in_full};
 use crate::wire::{Abort, End, FrameHeader, FrameType, HEADER_BYTES, Message, Offer, Purpose};
 
 /// How much of a segment is sent as one chunk.
@@ -51,12 +50,12 @@ pub(super) enum Heard {
 /// Connects, and reads and writes until one of them fails; then says `Lost`.
 pub(super) async fn run(
     address: String,
-    name: String,
+    identity: Identity,
     connection: u64,
     heard: mpsc::Sender<Heard>,
     sent: Arc<AtomicU64>,
 ) {
-    let why = match talk(&address, &name, connection, &heard, &sent).await {
+    let why = match talk(&address, &identity, connection, &heard, &sent).await {
         Ok(()) => "closed".to_owned(),
         Err(Ended::Transport(e)) => in_full(&e),
         Err(Ended::File { transfer, source }) => {
@@ -94,13 +93,12 @@ impl From<TransportError> for Ended {
 
 async fn talk(
     address: &str,
-    name: &str,
+    identity: &Identity,
     connection: u64,
     heard: &mpsc::Sender<Heard>,
     sent: &AtomicU64,
 ) -> Result<(), Ended> {
-    let mut link = Link::new(dial(address).await?, address);
-    let welcome = greet(&mut link, Purpose::Ship, "", name).await?;
+    let (link, welcome) = connect(address, identity, Purpose::Ship).await?;
     let Link { mut reader, writer } = link;
     // Bounded by the sender's window and by its pings while it waits for a sign of life.
     let (out, outgoing) = mpsc::unbounded_channel();
@@ -146,7 +144,7 @@ async fn talk(
 
 struct Writing<'a> {
     connection: u64,
-    writer: FrameWriter<tokio::io::WriteHalf<TcpStream>>,
+    writer: FrameWriter<tokio::io::WriteHalf<Stream>>,
     outgoing: mpsc::UnboundedReceiver<Out>,
     /// Taken from `outgoing` while a segment was streamed.
     queue: VecDeque<Out>,

@@ -160,7 +160,7 @@ impl Holder {
             SenderAction::Connect { connection } => {
                 let run = connection::run(
                     self.address.clone(),
-                    self.shared.owner.clone(),
+                    self.shared.identity.clone(),
                     connection,
                     self.heard.clone(),
                     self.shared.sent[self.at].clone(),

@@ -30,6 +30,7 @@ use tokio::time::Instant;
 use crate::protocol::SenderConfig;
 use crate::registry::Registry;
 use crate::spool::Spool;
+use crate::transport::Identity;
 use crate::wire::{Held, Offer};
 use holder::Holder;
 use ledger::{Committed, Ledger};
@@ -40,6 +41,8 @@ const LAST_REGISTER: Duration = Duration::from_secs(1);
 /// What to ship, and where to.
 #[derive(Debug, Clone)]
 pub struct ShipperConfig {
+    /// Who ships.
+    pub identity: Identity,
     /// Limits and times, and the VM, its generation and its owner.
     pub sender: SenderConfig,
     /// The holders, HOST:PORT.
@@ -56,13 +59,14 @@ impl ShipperConfig {
     pub fn new(
         vm: VmId,
         generation: Generation,
-        owner: &str,
+        identity: &Identity,
         holders: Vec<String>,
         ack_quorum: usize,
         registry: Option<Registry>,
     ) -> Self {
         Self {
-            sender: SenderConfig::new(vm, generation, owner),
+            sender: SenderConfig::new(vm, generation, identity.name()),
+            identity: identity.clone(),
             holders,
             ack_quorum,
             registry,
@@ -185,7 +189,8 @@ struct View {
 struct Shared {
     vm: VmId,
     generation: Generation,
-    owner: String,
+    /// Who ships.
+    identity: Identity,
     spool: Arc<Spool>,
     events: mpsc::UnboundedSender<ShipEvent>,
     // Written by every holder's task and read by who commits, registers and asks for the status; held for moments.
@@ -260,6 +265,7 @@ impl Shipper {
         events: mpsc::UnboundedSender<ShipEvent>,
     ) -> Self {
         let ShipperConfig {
+            identity,
             sender,
             holders,
             ack_quorum,
@@ -276,7 +282,7 @@ impl Shipper {
         let shared = Arc::new(Shared {
             vm: sender.vm.clone(),
             generation: sender.generation,
-            owner: sender.owner.clone(),
+            identity,
             spool,
             events,
             ledger: Mutex::new(Ledger::new(&holders, ack_quorum)),

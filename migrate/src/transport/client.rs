@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::net::TcpStream;
-
-use super::{ByteStream, DEAD_AFTER, Link, TransportError, dial, greet, within};
+use super::{ByteStream, DEAD_AFTER, Identity, Link, Stream, TransportError, connect, greet, within};
 use crate::wire::{Call, Failure, Fenced, Message, Purpose, Reply, Welcome};
 
 /// Why a call failed.
@@ -34,19 +32,24 @@ pub enum CallError {
 
 /// A connection for calls.
 #[derive(Debug)]
-pub struct Client<S = TcpStream> {
+pub struct Client<S = Stream> {
     link: Link<S>,
     welcome: Welcome,
     last: u32,
 }
 
 impl Client {
-    /// Connects to the agent at `address`; `name` is who asks, for the agent's log.
+    /// Connects to the agent at `address` (HOST:PORT) as `identity`.
     ///
     /// # Errors
-    /// When nothing answers there, or it refuses.
-    pub async fn connect(address: &str, name: &str) -> Result<Self, TransportError> {
-        Self::over(dial(address).await?, address, name).await
+    /// When nothing answers there, it refuses, or it is not to be trusted.
+    pub async fn connect(address: &str, identity: &Identity) -> Result<Self, TransportError> {
+        let (link, welcome) = connect(address, identity, Purpose::Call).await?;
+        Ok(Self {
+            link,
+            welcome,
+            last: 0,
+        })
     }
 }
 

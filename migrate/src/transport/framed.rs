@@ -4,8 +4,8 @@ use std::io;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
 
-use super::{ByteStream, TransportError, within};
-use crate::wire::{FrameHeader, HEADER_BYTES, Message, Reject, encode_frame};
+use super::{ByteStream, TransportError, explain, within};
+use crate::wire::{FrameHeader, HEADER_BYTES, Message, Reject, WireError, encode_frame};
 
 /// What is read ahead: several small frames in one system call; a chunk goes past it.
 const READ_AHEAD_BYTES: usize = 64 << 10;
@@ -40,6 +40,14 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// # Errors
     /// When the stream ends or breaks, or what comes is not a frame.
     pub async fn next(&mut self) -> Result<Incoming, TransportError> {
+        self.next_of(u32::MAX).await
+    }
+
+    /// The next frame, of at most `max` bytes of payload: for a peer that has not said yet what it wants.
+    ///
+    /// # Errors
+    /// As [`FrameReader::next`], and when it is longer.
+    pub async fn next_of(&mut self, max: u32) -> Result<Incoming, TransportError> {
         let mut head = [0; HEADER_BYTES];
         self.from
             .read_exact(&mut head)
@@ -50,6 +58,13 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             source,
         };
         let header = FrameHeader::parse(&head).map_err(wire)?;
+        if header.len > max {
+            return Err(wire(WireError::TooLong {
+                what: header.kind.name(),
+                len: header.len.into(),
+                max,
+            }));
+        }
         // The length was checked against the limit of its type.
         let mut payload = Vec::with_capacity(header.len as usize);
         let got = (&mut self.from)
@@ -72,8 +87,17 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         })
     }
 
+    /// What it reads from; what was read ahead is lost.
+    pub(super) fn into_inner(self) -> R {
+        self.from.into_inner()
+    }
+
     fn broken(&self, source: io::Error) -> TransportError {
         let peer = self.peer.clone();
+        // In TLS 1.3 who connects hears only here that its certificate was refused.
+        if let Some(why) = explain::handshake(&source, &peer) {
+            return TransportError::Untrusted { peer, why };
+        }
         match source.kind() {
             io::ErrorKind::UnexpectedEof => TransportError::Closed { peer },
             _ => TransportError::Io { peer, source },
@@ -109,7 +133,12 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
             peer: self.peer.clone(),
             source,
         })?;
-        let sent = self.to.write_all(&self.buffer).await;
+        let sent = async {
+            self.to.write_all(&self.buffer).await?;
+            // TLS keeps the rest of what the socket did not take at once.
+            self.to.flush().await
+        };
+        let sent = sent.await;
         // A large answer must not be kept for the life of the connection.
         self.buffer.shrink_to(READ_AHEAD_BYTES);
         sent.map_err(|source| TransportError::Io {
@@ -123,8 +152,11 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     /// # Errors
     /// When the stream breaks.
     pub async fn send_encoded(&mut self, frames: &[u8]) -> Result<(), TransportError> {
-        let sent = self.to.write_all(frames).await;
-        sent.map_err(|source| TransportError::Io {
+        let sent = async {
+            self.to.write_all(frames).await?;
+            self.to.flush().await
+        };
+        sent.await.map_err(|source| TransportError::Io {
             peer: self.peer.clone(),
             source,
         })

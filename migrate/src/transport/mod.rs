@@ -5,26 +5,37 @@
 //!           <- Welcome{version, node, registry} | Reject{code, why}     : listens
 //! ```
 //!
-//! Everything above [`Link`] works over any stream of bytes, so that TLS is one more way to make one.
+//! Everything above [`Link`] works over any stream of bytes. [`Identity`] makes one: TLS 1.3 with a certificate from
+//! both sides, or plain TCP on loopback.
 //!
-//! Invariants: plain TCP only to and from loopback addresses; every wait has a deadline.
+//! Invariants: plain TCP only to and from loopback addresses, and only when it was asked for; every wait has a deadline.
 //!
 //! What it never does: it knows no VM and no segment, and it never retries (the pure senders decide that).
 
+pub mod certificate;
 mod client;
+mod explain;
 mod framed;
+mod identity;
+mod stream;
+mod tls;
 
 use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
 
-use crate::wire::{Hello, MAX_VERSION, MIN_VERSION, Message, Purpose, Reject, Welcome, WireError};
+use crate::wire::{
+    Hello, MAX_MESSAGE_BYTES, MAX_VERSION, MIN_VERSION, Message, Purpose, Reject, Welcome, WireError,
+};
 
+pub use certificate::{CertRole, Certificate, NodeIdentity};
 pub use client::{CallError, Client};
 pub use framed::{FrameReader, FrameWriter, Incoming, Link};
+pub use identity::{DEFAULT_TLS_DIR, Identity, IdentityArgs, Peer};
+pub use stream::Stream;
+pub use tls::{CA_FILE, CERT_FILE, KEY_FILE, ROLES_FILE, TlsError};
 
 /// How long a connection may take to come up.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -55,14 +66,43 @@ pub enum TransportError {
     },
     /// Plain TCP beyond this host.
     #[error(
-        "refused to {doing} {address}: what goes there is guest memory, and TLS is not available yet. Use a loopback \
-         address (127.0.0.1 or [::1])"
+        "refused to {doing} {address} with --insecure-plaintext: what goes there is guest memory. Use a certificate \
+         (--tls DIR, made by `standby ca issue`), or a loopback address (127.0.0.1 or [::1])"
     )]
     NotLoopback {
         /// As it was given.
         address: String,
         /// Listen on or connect to.
         doing: &'static str,
+    },
+    /// No certificate, and plain TCP was not asked for.
+    #[error(
+        "this process has no certificate: make one with `standby ca init DIR` and `standby ca issue NODE`, and name its \
+         folder with --tls (or put it at /etc/understudy/tls). On loopback, --insecure-plaintext does without"
+    )]
+    NoIdentity,
+    /// The certificate cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The two do not believe each other's certificates.
+    #[error("{why}")]
+    Untrusted {
+        /// The peer.
+        peer: String,
+        /// Which, why, and what to do.
+        why: String,
+    },
+    /// One speaks TLS, the other does not.
+    #[error(
+        "{peer} speaks {theirs}, and this node {mine}: both need certificates, or --insecure-plaintext on loopback"
+    )]
+    Mixed {
+        /// The peer.
+        peer: String,
+        /// What it speaks.
+        theirs: &'static str,
+        /// What this node speaks.
+        mine: &'static str,
     },
     /// Nothing answers there.
     #[error("connect to {address}")]
@@ -170,8 +210,12 @@ pub fn in_full(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Resolves `address` to loopback addresses only.
-async fn loopback(address: &str, doing: &'static str) -> Result<Vec<SocketAddr>, TransportError> {
+/// Resolves `address`; with `loopback` it may be nothing else.
+async fn resolve(
+    address: &str,
+    doing: &'static str,
+    loopback: bool,
+) -> Result<Vec<SocketAddr>, TransportError> {
     let unusable = |source| TransportError::Address {
         address: address.to_owned(),
         source,
@@ -184,7 +228,7 @@ async fn loopback(address: &str, doing: &'static str) -> Result<Vec<SocketAddr>,
         return Err(unusable(io::Error::other("the name has no address")));
     }
     // All of them: which one would be used is not ours to choose.
-    if found.iter().any(|a| !a.ip().is_loopback()) {
+    if loopback && found.iter().any(|a| !a.ip().is_loopback()) {
         return Err(TransportError::NotLoopback {
             address: address.to_owned(),
             doing,
@@ -193,43 +237,10 @@ async fn loopback(address: &str, doing: &'static str) -> Result<Vec<SocketAddr>,
     Ok(found)
 }
 
-/// Listens on `address`, which has to be a loopback one.
-///
-/// # Errors
-/// When it is none, or the port cannot be had.
-pub async fn listen(address: &str) -> Result<TcpListener, TransportError> {
-    let found = loopback(address, "listen on").await?;
-    TcpListener::bind(found.as_slice())
-        .await
-        .map_err(|source| TransportError::Listen {
-            address: address.to_owned(),
-            source,
-        })
-}
-
-/// Connects to `address`, which has to be a loopback one.
-///
-/// # Errors
-/// When it is none, or nothing answers within [`CONNECT_TIMEOUT`].
-pub async fn dial(address: &str) -> Result<TcpStream, TransportError> {
-    let connecting = async {
-        let found = loopback(address, "connect to").await?;
-        TcpStream::connect(found.as_slice())
-            .await
-            .map_err(|source| TransportError::Connect {
-                address: address.to_owned(),
-                source,
-            })
-    };
-    let stream = within(address, "take the connection", CONNECT_TIMEOUT, connecting).await?;
-    // An acknowledgement must not wait for a full packet.
-    stream
-        .set_nodelay(true)
-        .map_err(|source| TransportError::Connect {
-            address: address.to_owned(),
-            source,
-        })?;
-    Ok(stream)
+/// The host of HOST:PORT, without the brackets of an IPv6 address.
+fn host_of(address: &str) -> &str {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    host.trim_start_matches('[').trim_end_matches(']')
 }
 
 /// `future`, or [`TransportError::Timeout`] after `after`.
@@ -310,6 +321,31 @@ pub async fn greet<S: ByteStream>(
     .await
 }
 
+/// Connects to the agent at `address` for `purpose`, as `identity`: what it says of itself must be what its
+/// certificate says.
+///
+/// # Errors
+/// When nothing answers there, it refuses, or it is not to be trusted.
+pub async fn connect(
+    address: &str,
+    identity: &Identity,
+    purpose: Purpose,
+) -> Result<(Link<Stream>, Welcome), TransportError> {
+    let (stream, peer) = identity.dial(address).await?;
+    let mut link = Link::new(stream, address);
+    let welcome = greet(&mut link, purpose, "", identity.name()).await?;
+    match peer {
+        Peer::Node(node) if node.name != welcome.node => Err(TransportError::Untrusted {
+            peer: address.to_owned(),
+            why: format!(
+                "{address} calls itself {}, and its certificate is {}'s: start it with its own certificate",
+                welcome.node, node.name
+            ),
+        }),
+        Peer::Node(_) | Peer::Anyone => Ok((link, welcome)),
+    }
+}
+
 /// Waits for the greeting of who connected, and checks it; the caller answers with [`Welcome`] or rejects.
 ///
 /// # Errors
@@ -319,7 +355,9 @@ pub async fn expect_hello<S: ByteStream>(
     cluster: &str,
 ) -> Result<(Hello, u16), TransportError> {
     let peer = link.peer().to_owned();
-    let first = within(&peer, "greet", HANDSHAKE_TIMEOUT, link.reader.next()).await?;
+    // No longer than a greeting: who connects has not said yet what for.
+    let greeting = link.reader.next_of(MAX_MESSAGE_BYTES);
+    let first = within(&peer, "greet", HANDSHAKE_TIMEOUT, greeting).await?;
     let Message::Hello(hello) = first.message else {
         let got = first.message.kind().name();
         let why = format!("{got} came where Hello was due");

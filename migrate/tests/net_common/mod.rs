@@ -15,6 +15,7 @@ use migrate::registry::{NewVm, Registry, RegistryAddr, Role};
 use migrate::shipper::{ShipEvent, Shipper, ShipperConfig};
 use migrate::spool::Spool;
 use migrate::store::{Durability, Entry, FsStore};
+use migrate::transport::Identity;
 use segment::{
     CheckpointId, Epoch, FrameEncoder, Generation, Kind, Manifest, PageIndex, Record, SegmentName,
     SegmentWriter, Space, SpaceId, VmId, pages_per_frame,
@@ -110,11 +111,17 @@ pub fn put(store: &Arc<FsStore>, name: &SegmentName, parent: Option<&SegmentName
     incoming.commit().unwrap().entry().clone()
 }
 
+/// Who a test is.
+pub fn tester() -> Identity {
+    Identity::plaintext("test")
+}
+
 pub fn config(dir: &Path, node: &str, registry: RegistryAddr) -> AgentConfig {
     AgentConfig {
         listen: "127.0.0.1:0".into(),
+        advertise: None,
         data: dir.join(node),
-        name: node.into(),
+        identity: Identity::plaintext(node),
         roles: vec![Role::Execute, Role::Store],
         registry,
         budget: None,
@@ -198,7 +205,14 @@ impl Owner {
         let spool = Spool::new(store.clone(), vm(id), 1);
         let (tell, events) = mpsc::unbounded_channel();
         let holders = holders.iter().map(|h| (*h).to_owned()).collect();
-        let mut config = ShipperConfig::new(vm(id), generation, "owner", holders, quorum, registry);
+        let mut config = ShipperConfig::new(
+            vm(id),
+            generation,
+            &Identity::plaintext("owner"),
+            holders,
+            quorum,
+            registry,
+        );
         tune(&mut config);
         let shipper = Shipper::start(&tokio::runtime::Handle::current(), config, spool.clone(), tell);
         Self {

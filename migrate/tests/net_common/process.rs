@@ -12,6 +12,7 @@ pub struct Served {
 
 pub fn standby(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_standby"))
+        .arg("--insecure-plaintext")
         .args(args)
         .env_remove("STANDBY_AGENT")
         .output()
@@ -31,7 +32,15 @@ impl Served {
     pub fn start(data: &Path, name: &str, listen: &str, more: &[&str]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_standby"));
         command
-            .args(["serve", "--name", name, "--listen", listen, "--data"])
+            .args([
+                "serve",
+                "--insecure-plaintext",
+                "--name",
+                name,
+                "--listen",
+                listen,
+                "--data",
+            ])
             .arg(data)
             .args(more);
         command

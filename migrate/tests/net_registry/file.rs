@@ -49,7 +49,7 @@ async fn two_agents_of_one_name_are_refused() {
     Agent::start(replacing).await.unwrap().stop().await;
     // An agent that does not keep the registry says who does.
     let b = agent_with(dir.path(), "b", &a).await;
-    let wrong = Registry::remote(b.address(), "test")
+    let wrong = Registry::remote(b.address(), &tester())
         .get_vm(&vm("web"))
         .await
         .unwrap_err();
@@ -59,9 +59,9 @@ async fn two_agents_of_one_name_are_refused() {
     );
     // Which an owner asks when it knows its holders only; one that is away is passed over.
     let holders = ["127.0.0.1:1".to_owned(), b.address().to_owned()];
-    let found = Registry::of_holders(&holders, "test").await.unwrap();
+    let found = Registry::of_holders(&holders, &tester()).await.unwrap();
     assert_eq!(found.address(), a.address());
-    let none = Registry::of_holders(&holders[..1], "test").await.unwrap_err();
+    let none = Registry::of_holders(&holders[..1], &tester()).await.unwrap_err();
     assert!(
         none.is_transient() && none.to_string().contains("127.0.0.1:1"),
         "{none}"
@@ -75,7 +75,7 @@ async fn a_client_goes_on_after_the_agent_was_restarted() {
     let dir = tempfile::tempdir().unwrap();
     let a = first_agent(dir.path()).await;
     let address = a.address().to_owned();
-    let r = Registry::remote(&address, "test");
+    let r = Registry::remote(&address, &tester());
     r.create_vm(new_vm("web")).await.unwrap();
     a.stop().await;
     assert!(matches!(

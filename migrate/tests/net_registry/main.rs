@@ -14,7 +14,7 @@ mod leases;
 mod net_common;
 
 use migrate::registry::{Embedded, Etcd, EtcdAccess, Registry};
-use net_common::first_agent;
+use net_common::{first_agent, tester};
 
 /// Each check against the embedded registry and against one at an agent, as tests of their own; and all of them against
 /// one etcd, each below a prefix of its own.
@@ -33,7 +33,7 @@ macro_rules! conform {
             async fn $check() {
                 let dir = tempfile::tempdir().unwrap();
                 let agent = super::first_agent(dir.path()).await;
-                super::$module::$check(super::Registry::remote(agent.address(), "test")).await;
+                super::$module::$check(super::Registry::remote(agent.address(), &super::tester())).await;
                 agent.stop().await;
             })*
         }

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use migrate::ca::NewCertificate;
+use migrate::transport::{CertRole, Identity};
 use rustix::fs::statfs;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
@@ -30,6 +32,8 @@ impl Lab {
         }
         .context("make a folder for the benchmark")?;
         guest_images::write_all(folder.path()).context("write the guests' kernels")?;
+        let authority = folder.path().join("ca");
+        migrate::ca::init(&authority, "bench", 1).context("make an authority")?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .enable_all()
             .build()
@@ -70,6 +74,23 @@ impl Lab {
 
     pub(crate) fn kernel(&self, guest: &str) -> PathBuf {
         self.folder.path().join(format!("{guest}.elf"))
+    }
+
+    /// Who `node` is, by a certificate made for it.
+    pub(crate) fn identity(&self, node: &str, roles: &[CertRole]) -> Result<Identity> {
+        let of = self.certificate(node, roles)?;
+        Identity::tls(&of).with_context(|| format!("use the certificate of {node}"))
+    }
+
+    /// The folder of a node's certificate, made when it is not there.
+    pub(crate) fn certificate(&self, node: &str, roles: &[CertRole]) -> Result<PathBuf> {
+        let authority = self.folder.path().join("ca");
+        let of = authority.join(node);
+        if !of.exists() {
+            migrate::ca::issue(&authority, &of, &NewCertificate::new(node, roles, 1), false)
+                .with_context(|| format!("issue the certificate of {node}"))?;
+        }
+        Ok(of)
     }
 
     /// The kind of file system that segments are written to.

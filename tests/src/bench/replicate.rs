@@ -6,6 +6,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use migrate::transport::{CertRole, IdentityArgs};
 use tempfile::TempDir;
 use vmm::config::CheckpointConfig;
 use vmm::session::{Protection, Session, SessionConfig};
@@ -82,7 +83,7 @@ struct Seen {
 
 fn protected(lab: &Lab, command_line: &str, memory_mib: u64) -> Result<Seen> {
     let (own, held) = (lab.temporary("owner-")?, lab.temporary("holder-")?);
-    let agent = lab.runtime().block_on(agent(held.path()))?;
+    let agent = lab.runtime().block_on(agent(lab, held.path()))?;
     let session = lab
         .runtime()
         .block_on(start(lab, &own, agent.address(), command_line, memory_mib))?;
@@ -112,6 +113,10 @@ async fn start(
             registry: None,
         }),
         generation: None,
+        trust: IdentityArgs {
+            tls: Some(lab.certificate("owner", &[CertRole::Owner])?),
+            insecure_plaintext: false,
+        },
     };
     let source = boot_source(lab, "churn", command_line);
     let session = Session::boot(config, machine(memory_mib), &source)

@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use migrate::agent::{Agent, AgentConfig};
 use migrate::checkpoint::{EncodeOptions, EncodePool};
-use migrate::registry::{RegistryAddr, Role};
+use migrate::registry::{NewVm, RegistryAddr, Role};
 use migrate::shipper::{ShipEvent, Shipper, ShipperConfig};
 use migrate::spool::Spool;
 use migrate::store::{Durability, FsStore};
-use segment::{Generation, SegmentName};
+use migrate::transport::CertRole;
+use segment::SegmentName;
 use tokio::sync::mpsc;
 
 use super::lab::Lab;
@@ -26,16 +27,20 @@ const SHARE: f64 = 0.8;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// An agent in this process, on a port of the system's choice.
-pub(crate) async fn agent(data: &Path) -> Result<Agent> {
+pub(crate) async fn agent(lab: &Lab, data: &Path) -> Result<Agent> {
     let config = AgentConfig {
         listen: "127.0.0.1:0".into(),
+        advertise: None,
         data: data.to_owned(),
-        name: "holder".into(),
+        identity: lab.identity("holder", &[CertRole::Store])?,
         roles: vec![Role::Store],
         registry: RegistryAddr::Embedded,
         budget: None,
         vmm: None,
         replace: false,
+        labels: Default::default(),
+        etcd: Default::default(),
+        lease_ttl: migrate::agent::LEASE_TTL,
         housekeeping: Default::default(),
     };
     Agent::start(config).await.context("start an agent")
@@ -54,7 +59,7 @@ pub(crate) fn measure(lab: &Lab) -> Result<Vec<Row>> {
         level: 1,
         threads: super::lab::cores(),
     });
-    let agent = lab.runtime().block_on(agent(held.path()))?;
+    let agent = lab.runtime().block_on(agent(lab, held.path()))?;
     let (mut rates, mut limit, mut tcp) = (Samples::default(), Samples::default(), Samples::default());
     for index in 0..=lab.samples(7, 2) {
         // A VM for each, as each is shipped from the beginning.
@@ -64,7 +69,7 @@ pub(crate) fn measure(lab: &Lab) -> Result<Vec<Row>> {
             .encode_to_store(&captured, &manifest, &store)
             .context("encode a segment")?;
         let length = stored.entry().bytes;
-        let time = lab.runtime().block_on(ship(&store, &name, agent.address()))?;
+        let time = lab.runtime().block_on(ship(lab, &store, &name, &agent))?;
         agent.store().remove(&name).context("remove what was shipped")?;
         store.remove(&name).context("remove what was shipped")?;
         let (to_disk, alone) = limits::tcp_to_disk(bare.path(), &bytes.0)?;
@@ -79,25 +84,36 @@ pub(crate) fn measure(lab: &Lab) -> Result<Vec<Row>> {
     let row = Row::new(NAME, "MB/s of segments", &rates)?
         .limit(
             limit.median(),
-            "as many bytes over loopback TCP into a file, synced and renamed; no TLS yet",
+            "as many bytes over loopback TCP into a file, synced and renamed, without TLS",
         )
         .at_least_of_limit(SHARE)
         .param("segment_mib", mib)
         .param("holders", 1)
-        .param("tls", false)
+        .param("tls", true)
         .param("disk", lab.disk())
         .seen("tcp_alone", tcp.median());
     Ok(vec![row])
 }
 
 /// Ships what the owner's store has of this VM; from the first connection to the acknowledgement.
-async fn ship(store: &Arc<FsStore>, name: &SegmentName, holder: &str) -> Result<Duration> {
+async fn ship(lab: &Lab, store: &Arc<FsStore>, name: &SegmentName, holder: &Agent) -> Result<Duration> {
     let spool = Spool::new(Arc::clone(store), name.vm.clone(), 1);
+    let identity = lab.identity("owner", &[CertRole::Owner])?;
+    let new = NewVm {
+        vm: name.vm.clone(),
+        owner: identity.name().to_owned(),
+        holders: vec![holder.address().to_owned()],
+        ack_quorum: 1,
+        every_ms: 200,
+        policy: None,
+    };
+    let record = holder.registry().create_vm(new).await;
+    let generation = record.context("register the VM")?.generation;
     let config = ShipperConfig::new(
         name.vm.clone(),
-        Generation(1),
-        "bench",
-        vec![holder.to_owned()],
+        generation,
+        &identity,
+        vec![holder.address().to_owned()],
         1,
         None,
     );

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use migrate::transport::IdentityArgs;
 use segment::{Generation, VmId};
 use tokio::sync::watch;
 
@@ -34,6 +35,8 @@ pub struct Identity {
     pub store_budget: Option<u64>,
     /// The generation this process was given, if it was.
     pub generation: Option<Generation>,
+    /// Who this process is to the holders and the registry.
+    pub trust: IdentityArgs,
 }
 
 enum Phase {
@@ -218,6 +221,7 @@ impl Instance {
             checkpoints: config.checkpoints.clone(),
             protection: config.protection.clone(),
             generation: self.identity.generation,
+            trust: self.identity.trust.clone(),
         };
         let session = match origin {
             Origin::Boot => {

@@ -460,6 +460,7 @@ mod tests {
                 store: dir.join("store"),
                 store_budget: None,
                 generation: None,
+                trust: Default::default(),
             },
             config,
             start: None,

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use migrate::transport::IdentityArgs;
 use segment::VmId;
 
 use super::{CliError, rundir, size};
@@ -50,6 +51,8 @@ pub(super) struct Keeping {
     /// The agent that keeps the registry [default: the one the holders name]
     #[arg(long, value_name = "HOST:PORT")]
     registry: Option<String>,
+    #[command(flatten)]
+    pub(super) trust: IdentityArgs,
 }
 
 impl Keeping {

@@ -105,6 +105,7 @@ impl Restore {
                 store: self.keeping.store(&name, &config),
                 store_budget: self.keeping.budget(),
                 generation: self.generation.map(Generation),
+                trust: self.keeping.trust.clone(),
                 name,
             },
             config,

@@ -115,6 +115,7 @@ impl Run {
                 store: self.keeping.store(&name, &config),
                 store_budget: self.keeping.budget(),
                 generation: None,
+                trust: self.keeping.trust.clone(),
                 name,
             },
             start: (!waits).then_some((Origin::Boot, true)),

@@ -6,6 +6,7 @@ use migrate::load::LoadError;
 use migrate::protect::ProtectError;
 use migrate::registry::RegistryError;
 use migrate::store::{ChainError, StoreError};
+use migrate::transport::TransportError;
 use segment::{SegmentName, VmId};
 
 use crate::control::ControlError;
@@ -87,6 +88,9 @@ pub enum SessionError {
         /// Why the others do not.
         why: String,
     },
+    /// This process has no certificate that others would believe.
+    #[error("protect the VM")]
+    Identity(#[source] TransportError),
     /// The protection asked for cannot be.
     #[error("{0}")]
     Protection(String),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use migrate::registry::{NewVm, Registry, RegistryError, VmRecord, VmState};
 use migrate::spool::Position;
-use migrate::transport::Client;
+use migrate::transport::{Client, Identity, IdentityArgs};
 use segment::{Generation, VmId};
 
 use super::{Protection, SessionError};
@@ -20,7 +20,7 @@ const ANNOUNCE_DEADLINE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct Ownership {
     vm: VmId,
-    pub(super) owner: String,
+    pub(super) identity: Identity,
     pub(super) registry: Registry,
     pub(super) protection: Protection,
     pub(super) ack_quorum: usize,
@@ -28,13 +28,18 @@ pub(super) struct Ownership {
 
 impl Ownership {
     /// Checks the protection asked for, and finds the registry and enough holders.
-    pub(super) async fn prepare(vm: &VmId, mut protection: Protection) -> Result<Self, SessionError> {
+    pub(super) async fn prepare(
+        vm: &VmId,
+        mut protection: Protection,
+        trust: &IdentityArgs,
+    ) -> Result<Self, SessionError> {
         let ack_quorum = check(&protection)?;
-        let owner = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let identity = trust.identity(&host).map_err(SessionError::Identity)?;
         let (mut up, mut down) = (0, Vec::new());
         let mut found = None;
         for address in &protection.holders {
-            match Client::connect(address, &owner).await {
+            match Client::connect(address, &identity).await {
                 Ok(client) => {
                     up += 1;
                     let registry = client
@@ -57,10 +62,10 @@ impl Ownership {
             });
         }
         let address = protection.registry.get_or_insert(found.unwrap_or_default());
-        let registry = Registry::remote(address, &owner);
+        let registry = Registry::remote(address, &identity);
         Ok(Self {
             vm: vm.clone(),
-            owner,
+            identity,
             registry,
             protection,
             ack_quorum,
@@ -164,7 +169,7 @@ impl Ownership {
     async fn create(&self) -> Result<VmRecord, SessionError> {
         let new = NewVm {
             vm: self.vm.clone(),
-            owner: self.owner.clone(),
+            owner: self.identity.name().to_owned(),
             holders: self.protection.holders.clone(),
             ack_quorum: self.quorum(),
             every_ms: self.protection.every_ms,
@@ -175,7 +180,7 @@ impl Ownership {
 
     async fn raise(&self, record: &VmRecord) -> Result<VmRecord, SessionError> {
         self.registry
-            .raise_generation(&self.vm, record.generation, &self.owner)
+            .raise_generation(&self.vm, record.generation, self.identity.name())
             .await
             .map_err(|e| self.refused(e))
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::Args;
 use segment::{Epoch, Generation, SegmentName, VmId};
 
-use super::{CliError, connect, print, print_json};
+use super::{Agency, CliError, connect, print, print_json};
 use crate::agent::view;
 use crate::store::KeepPolicy;
 use crate::transport::CallError;
@@ -30,7 +30,7 @@ pub(super) struct Keep {
 }
 
 impl Keep {
-    pub(super) async fn run(self, agent: &str) -> Result<(), CliError> {
+    pub(super) async fn run(self, agent: &Agency) -> Result<(), CliError> {
         // Here already: the words are better beside the command line.
         if let Some(policy) = self.policy.as_deref().filter(|policy| *policy != "default")
             && let Err(error) = policy.parse::<KeepPolicy>()
@@ -69,7 +69,7 @@ pub(super) struct Fold {
 }
 
 impl Fold {
-    pub(super) async fn run(self, agent: &str) -> Result<(), CliError> {
+    pub(super) async fn run(self, agent: &Agency) -> Result<(), CliError> {
         let mut client = connect(agent).await?;
         let tip = match &self.epoch {
             None => None,
@@ -126,7 +126,7 @@ pub(super) struct Verify {
 }
 
 impl Verify {
-    pub(super) async fn run(self, agent: &str) -> Result<(), CliError> {
+    pub(super) async fn run(self, agent: &Agency) -> Result<(), CliError> {
         let mut client = connect(agent).await?;
         let call = VerifyCall {
             vm: self.vm,
