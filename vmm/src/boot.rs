@@ -1,38 +1,30 @@
-//! Starting a guest from the beginning: an ELF kernel by its PVH entry.
+//! Starting a guest from the beginning: a Linux bzImage by the 64-bit boot protocol, or an ELF kernel by its PVH
+//! entry. The file says itself which it is.
 //!
-//! ```text
-//! 0x00500  GDT                    0x20000  command line (to 0x2ffff)
-//! 0x06000  hvm_start_info         1 MiB..  the kernel, where its program headers put it
-//! 0x06040  module list            top      the initrd, page aligned, below 3 GiB
-//! 0x07000  memory map
-//! ```
-//! The PVH entry (Xen's docs/misc/pvh.pandoc): 32-bit protected mode, paging off, flat segments, EBX pointing at
-//! `hvm_start_info`.
+//! Both are given the same machine (layout.rs): a memory map, the ACPI tables, a command line and an initrd at the
+//! top of low RAM. They differ in where that is written and in the registers of the first instruction.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
-use linux_loader::loader::elf::PvhBootCapability;
-use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::acpi;
-use crate::layout::{
-    COMMAND_LINE, GDT, HIGH_MEMORY, LOW_RAM_END, MODULES, RSDP, START_INFO, VirtioSlot,
-    ZERO_PAGE as MEMORY_MAP, memory_map,
-};
+use crate::layout::{COMMAND_LINE, GDT, LOW_RAM_END, VirtioSlot};
 use crate::memory::{GuestMemory, GuestRam, PAGE_BYTES};
 
-/// The longest command line, in bytes, without its closing zero.
+mod linux;
+mod pvh;
+
+/// The longest command line there is room for, in bytes, without its closing zero.
 pub const MAX_COMMAND_LINE_BYTES: usize = 0xffff;
-/// `XEN_HVM_START_MAGIC_VALUE`.
-const START_MAGIC: u32 = 0x336e_c578;
 
 /// What a guest is started with.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BootSource {
-    /// An ELF kernel with a PVH note.
+    /// A bzImage, or an ELF kernel with a PVH note.
     pub kernel: PathBuf,
     /// An initial RAM disk.
     pub initrd: Option<PathBuf>,
@@ -56,8 +48,8 @@ pub enum BootError {
     },
     /// It is no kernel.
     #[error(
-        "{path:?} is not a kernel this monitor can start ({why}): give an ELF64 kernel with a PVH entry note, \
-             such as an uncompressed Linux `vmlinux` built with CONFIG_PVH"
+        "{path:?} is not a kernel this monitor can start ({why}): give a 64-bit Linux bzImage (a `vmlinuz` as \
+         distributions have it), or an ELF64 kernel with a PVH entry note"
     )]
     NotAKernel {
         /// Its path.
@@ -95,132 +87,173 @@ pub enum BootError {
     },
 }
 
-/// Loads kernel, initrd and boot data for a machine of `vcpus` with devices in `slots`; returns the address of the first instruction.
+/// How the first vCPU is to begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// PVH: 32 bits, no paging, at this address.
+    Pvh(u64),
+    /// Linux: 64 bits, identity-mapped pages, at this address.
+    Linux(u64),
+}
+
+impl Entry {
+    /// The general registers.
+    #[must_use]
+    pub fn regs(self) -> kvm_regs {
+        match self {
+            Self::Pvh(address) => pvh::regs(address),
+            Self::Linux(address) => linux::regs(address),
+        }
+    }
+
+    /// The special registers: `reset` is what KVM gives a fresh vCPU.
+    #[must_use]
+    pub fn sregs(self, reset: kvm_sregs) -> kvm_sregs {
+        match self {
+            Self::Pvh(_) => pvh::sregs(reset),
+            Self::Linux(_) => linux::sregs(reset),
+        }
+    }
+}
+
+/// A kernel in guest memory.
+struct Loaded<B> {
+    /// What its protocol wants to know of it.
+    boot: B,
+    /// One past the highest address it uses before it reads the memory map.
+    end: u64,
+}
+
+/// An initrd in guest memory.
+#[derive(Debug, Clone, Copy)]
+struct Initrd {
+    address: u64,
+    bytes: u64,
+}
+
+/// The memory a kernel is loaded into.
+#[derive(Clone, Copy)]
+struct Room<'a> {
+    memory: &'a GuestMemory,
+    /// All of the guest's RAM.
+    bytes: u64,
+    /// Where RAM that a kernel reaches without the memory map ends.
+    low_end: u64,
+}
+
+/// Loads kernel, initrd and boot data for a machine of `vcpus` with devices in `slots`; returns where it begins.
 ///
 /// # Errors
 /// [`BootError`] naming the file and what is wrong with it.
-pub fn load(ram: &GuestRam, source: &BootSource, vcpus: u8, slots: &[VirtioSlot]) -> Result<u64, BootError> {
-    let memory = ram.memory();
-    let low_end = ram.bytes().min(LOW_RAM_END);
-    let (entry, kernel_end) = load_kernel(memory, &source.kernel, ram.bytes(), low_end)?;
-    let initrd = source
-        .initrd
-        .as_deref()
-        .map(|path| load_initrd(memory, path, kernel_end, low_end, ram.bytes()))
-        .transpose()?;
-    load_command_line(memory, &source.command_line)?;
+pub fn load(
+    ram: &GuestRam,
+    source: &BootSource,
+    vcpus: u8,
+    slots: &[VirtioSlot],
+) -> Result<Entry, BootError> {
+    let room = Room {
+        memory: ram.memory(),
+        bytes: ram.bytes(),
+        low_end: ram.bytes().min(LOW_RAM_END),
+    };
+    load_command_line(room.memory, &source.command_line)?;
     for (at, table) in acpi::tables(vcpus, slots) {
-        write(memory, "an ACPI table", at, &table)?;
+        write(room.memory, "an ACPI table", at, &table)?;
     }
-    write_start_info(memory, ram.bytes(), initrd)?;
-    write_gdt(memory)?;
-    Ok(entry)
-}
-
-fn load_kernel(memory: &GuestMemory, path: &Path, bytes: u64, low_end: u64) -> Result<(u64, u64), BootError> {
-    let not = |why: String| BootError::NotAKernel {
-        path: path.to_owned(),
-        why,
+    let initrd = |end| {
+        let path = source.initrd.as_deref();
+        path.map(|path| load_initrd(room, path, end)).transpose()
     };
-    let read = |source| BootError::Read {
-        what: "kernel",
-        path: path.to_owned(),
-        source,
-    };
-    // Looked at before it is opened: opening a pipe would wait for its other end.
-    if !std::fs::metadata(path).map_err(read)?.is_file() {
-        return Err(not("it is not a regular file".into()));
-    }
-    let mut file = File::open(path).map_err(read)?;
-    let needs = kernel_end(&mut file).map_err(|e| match e {
-        HeaderError::Io(source) if source.kind() != std::io::ErrorKind::UnexpectedEof => read(source),
-        HeaderError::Io(_) => not("it ends inside its headers".into()),
-        HeaderError::Not(why) => not(why.into()),
-    })?;
-    if needs > low_end {
-        return Err(BootError::TooLittleMemory {
-            what: "the kernel",
-            memory: bytes,
-            needs,
-        });
-    }
-    let loaded = Elf::load(memory, None, &mut file, Some(GuestAddress(HIGH_MEMORY)))
-        .map_err(|e| not(e.to_string()))?;
-    match loaded.pvh_boot_cap {
-        PvhBootCapability::PvhEntryPresent(entry) if entry.0 < needs => Ok((entry.0, needs)),
-        PvhBootCapability::PvhEntryPresent(_) => Err(not("its PVH entry is outside it".into())),
-        PvhBootCapability::PvhEntryNotPresent | PvhBootCapability::PvhEntryIgnored => {
-            Err(not("it has no PVH entry note".into()))
-        }
+    let mut kernel = Kernel::open(&source.kernel)?;
+    if kernel.is_bzimage()? {
+        let loaded = linux::load(room, &mut kernel)?;
+        let initrd = initrd(loaded.end)?;
+        linux::write_boot_data(room, &loaded.boot, initrd, source.command_line.len())
+    } else {
+        let loaded = pvh::load(room, &mut kernel)?;
+        let initrd = initrd(loaded.end)?;
+        pvh::write_boot_data(room, initrd)?;
+        Ok(Entry::Pvh(loaded.boot))
     }
 }
 
-enum HeaderError {
-    Io(std::io::Error),
-    Not(&'static str),
+/// A kernel's file.
+struct Kernel<'a> {
+    path: &'a Path,
+    file: File,
 }
 
-/// The end of the last loaded part, BSS included: the loader copies file contents only and would not notice that
-/// the zeroed rest lies outside the guest's memory. Checks the class and machine, which the loader does not.
-fn kernel_end(file: &mut File) -> Result<u64, HeaderError> {
-    use std::os::unix::fs::FileExt;
-    const PROGRAM_HEADER_BYTES: u64 = 56;
-    const PT_LOAD: u32 = 1;
-    let mut header = [0; 64];
-    file.read_exact_at(&mut header, 0).map_err(HeaderError::Io)?;
-    let u16_at = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
-    if &header[..4] != b"\x7fELF" {
-        return Err(HeaderError::Not(match &header[..2] {
-            b"MZ" => "it is a bzImage or EFI image; extract its vmlinux",
-            b"\x1f\x8b" => "it is compressed",
-            _ => "it has no ELF header",
-        }));
-    }
-    if header[4] != 2 || header[5] != 1 || u16_at(18) != 62 {
-        return Err(HeaderError::Not("it is not ELF64 for x86-64"));
-    }
-    let mut offset = [0; 8];
-    offset.copy_from_slice(&header[32..40]);
-    let offset = u64::from_le_bytes(offset);
-    let mut end = 0;
-    for number in 0..u64::from(u16_at(56)) {
-        let mut program = [0; PROGRAM_HEADER_BYTES as usize];
-        let at = offset
-            .checked_add(number * PROGRAM_HEADER_BYTES)
-            .ok_or(HeaderError::Not(
-                "its program headers are at an impossible offset",
-            ))?;
-        file.read_exact_at(&mut program, at).map_err(HeaderError::Io)?;
-        let u64_at = |at: usize| {
-            let mut bytes = [0; 8];
-            bytes.copy_from_slice(&program[at..at + 8]);
-            u64::from_le_bytes(bytes)
+/// Where a bzImage has its magic number, and which.
+const BZIMAGE_MAGIC_OFFSET: u64 = 0x202;
+const BZIMAGE_MAGIC: &[u8; 4] = b"HdrS";
+
+impl<'a> Kernel<'a> {
+    fn open(path: &'a Path) -> Result<Self, BootError> {
+        let read = |source| BootError::Read {
+            what: "kernel",
+            path: path.to_owned(),
+            source,
         };
-        if u32::from_le_bytes([program[0], program[1], program[2], program[3]]) != PT_LOAD {
-            continue;
+        // Looked at before it is opened: opening a pipe would wait for its other end.
+        if !std::fs::metadata(path).map_err(read)?.is_file() {
+            return Err(BootError::NotAKernel {
+                path: path.to_owned(),
+                why: "it is not a regular file".into(),
+            });
         }
-        let (start, in_file, in_memory) = (u64_at(24), u64_at(32), u64_at(40));
-        let part = start.checked_add(in_memory.max(in_file));
-        end = end.max(part.ok_or(HeaderError::Not(
-            "a program header wraps around the address space",
-        ))?);
-        if start < HIGH_MEMORY && in_memory > 0 {
-            return Err(HeaderError::Not("it loads below 1 MiB, where the boot data is"));
+        let file = File::open(path).map_err(read)?;
+        Ok(Self { path, file })
+    }
+
+    fn not(&self, why: impl Into<String>) -> BootError {
+        BootError::NotAKernel {
+            path: self.path.to_owned(),
+            why: why.into(),
         }
     }
-    if end == 0 {
-        return Err(HeaderError::Not("it has nothing to load"));
+
+    fn read(&self, source: std::io::Error) -> BootError {
+        BootError::Read {
+            what: "kernel",
+            path: self.path.to_owned(),
+            source,
+        }
     }
-    Ok(end)
+
+    /// Reads `to.len()` bytes at `offset` of the file's headers.
+    fn header(&self, to: &mut [u8], offset: u64) -> Result<(), BootError> {
+        self.file.read_exact_at(to, offset).map_err(|e| {
+            if e.kind() == std::io::ErrorKind::UnexpectedEof {
+                self.not("it ends inside its headers")
+            } else {
+                self.read(e)
+            }
+        })
+    }
+
+    fn is_bzimage(&self) -> Result<bool, BootError> {
+        let mut magic = [0; 4];
+        match self.file.read_exact_at(&mut magic, BZIMAGE_MAGIC_OFFSET) {
+            Ok(()) => Ok(&magic == BZIMAGE_MAGIC),
+            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => Ok(false),
+            Err(e) => Err(self.read(e)),
+        }
+    }
+
+    /// Refuses a kernel that uses memory up to `needs`, if there is not that much.
+    fn fits(&self, needs: u64, room: Room<'_>) -> Result<(), BootError> {
+        if needs > room.low_end {
+            return Err(BootError::TooLittleMemory {
+                what: "the kernel",
+                memory: room.bytes,
+                needs,
+            });
+        }
+        Ok(())
+    }
 }
 
-fn load_initrd(
-    memory: &GuestMemory,
-    path: &Path,
-    kernel_end: u64,
-    low_end: u64,
-    bytes: u64,
-) -> Result<(u64, u64), BootError> {
+fn load_initrd(room: Room<'_>, path: &Path, kernel_end: u64) -> Result<Initrd, BootError> {
     let read = |source| BootError::Read {
         what: "initrd",
         path: path.to_owned(),
@@ -232,7 +265,8 @@ fn load_initrd(
     let mut file = File::open(path).map_err(read)?;
     let length = file.metadata().map_err(read)?.len();
     let floor = kernel_end.next_multiple_of(PAGE_BYTES as u64);
-    let start = low_end
+    let start = room
+        .low_end
         .checked_sub(length)
         .map(|at| at & !(PAGE_BYTES as u64 - 1))
         .filter(|&at| at >= floor);
@@ -240,15 +274,18 @@ fn load_initrd(
         let needs = floor.saturating_add(length);
         return Err(BootError::TooLittleMemory {
             what: "kernel and initrd",
-            memory: bytes,
+            memory: room.bytes,
             needs,
         });
     };
     let count = usize::try_from(length).unwrap_or(usize::MAX);
-    memory
+    room.memory
         .read_exact_volatile_from(GuestAddress(start), &mut file, count)
         .map_err(|e| read(std::io::Error::other(e)))?;
-    Ok((start, length))
+    Ok(Initrd {
+        address: start,
+        bytes: length,
+    })
 }
 
 fn load_command_line(memory: &GuestMemory, line: &str) -> Result<(), BootError> {
@@ -266,51 +303,8 @@ fn load_command_line(memory: &GuestMemory, line: &str) -> Result<(), BootError> 
     write(memory, "the command line", COMMAND_LINE, &bytes)
 }
 
-fn write_start_info(memory: &GuestMemory, bytes: u64, initrd: Option<(u64, u64)>) -> Result<(), BootError> {
-    let map = memory_map(bytes);
-    let mut table = Vec::new();
-    for range in &map {
-        // hvm_memmap_table_entry: addr, size, type and a reserved word.
-        let entry = [range.address, range.bytes, range.kind as u64];
-        table.extend(entry.into_iter().flat_map(u64::to_le_bytes));
-    }
-    write(memory, "the memory map", MEMORY_MAP, &table)?;
-    if let Some((start, length)) = initrd {
-        // hvm_modlist_entry: paddr, size, cmdline_paddr, reserved.
-        let module: Vec<u8> = [start, length, 0, 0]
-            .into_iter()
-            .flat_map(u64::to_le_bytes)
-            .collect();
-        write(memory, "the module list", MODULES, &module)?;
-    }
-    let modules = u32::from(initrd.is_some());
-    let mut info = Vec::new();
-    // hvm_start_info, version 1: magic, version, flags, nr_modules; modlist, cmdline, rsdp, memmap; entries, reserved.
-    info.extend(
-        [START_MAGIC, 1, 0, modules]
-            .into_iter()
-            .flat_map(u32::to_le_bytes),
-    );
-    let modlist = if modules > 0 { MODULES } else { 0 };
-    info.extend(
-        [modlist, COMMAND_LINE, RSDP, MEMORY_MAP]
-            .into_iter()
-            .flat_map(u64::to_le_bytes),
-    );
-    info.extend([map.len() as u32, 0].into_iter().flat_map(u32::to_le_bytes));
-    write(memory, "hvm_start_info", START_INFO, &info)
-}
-
-/// Flat 32-bit code and data, and the task segment an x86 must have.
-const GDT_ENTRIES: [u64; 4] = [
-    0,
-    0x00cf_9b00_0000_ffff,
-    0x00cf_9300_0000_ffff,
-    0x0000_8b00_0000_0067,
-];
-
-fn write_gdt(memory: &GuestMemory) -> Result<(), BootError> {
-    let bytes: Vec<u8> = GDT_ENTRIES.iter().flat_map(|e| e.to_le_bytes()).collect();
+fn write_gdt(memory: &GuestMemory, entries: &[u64]) -> Result<(), BootError> {
+    let bytes: Vec<u8> = entries.iter().flat_map(|e| e.to_le_bytes()).collect();
     write(memory, "the GDT", GDT, &bytes)
 }
 
@@ -320,24 +314,12 @@ fn write(memory: &GuestMemory, what: &'static str, at: u64, bytes: &[u8]) -> Res
         .map_err(|source| BootError::Write { what, source })
 }
 
-/// The general registers at the PVH entry.
-#[must_use]
-pub fn entry_regs(entry: u64) -> kvm_regs {
-    kvm_regs {
-        rip: entry,
-        rbx: START_INFO,
-        rflags: 2,
-        ..Default::default()
-    }
-}
-
-/// The special registers at the PVH entry: `reset` is what KVM gives a fresh vCPU.
-#[must_use]
-pub fn entry_sregs(reset: kvm_sregs) -> kvm_sregs {
+/// Flat segments at these selectors, and no interrupt table.
+fn flat_segments(sregs: &mut kvm_sregs, code: kvm_segment, data: u16, task: u16, gdt_bytes: usize) {
     let data = kvm_segment {
         base: 0,
         limit: 0xffff_ffff,
-        selector: 0x10,
+        selector: data,
         type_: 3,
         present: 1,
         db: 1,
@@ -346,27 +328,28 @@ pub fn entry_sregs(reset: kvm_sregs) -> kvm_sregs {
         ..Default::default()
     };
     let code = kvm_segment {
-        selector: 0x8,
+        base: 0,
+        limit: 0xffff_ffff,
         type_: 11,
-        ..data
+        present: 1,
+        s: 1,
+        g: 1,
+        ..code
     };
-    let task = kvm_segment {
-        selector: 0x18,
+    (sregs.cs, sregs.ds, sregs.es) = (code, data, data);
+    (sregs.ss, sregs.fs, sregs.gs) = (data, data, data);
+    sregs.tr = kvm_segment {
+        selector: task,
         type_: 11,
         limit: 0x67,
         present: 1,
         ..Default::default()
     };
-    let mut sregs = reset;
-    (sregs.cs, sregs.ds, sregs.es, sregs.ss, sregs.fs, sregs.gs) = (code, data, data, data, data, data);
-    sregs.tr = task;
     sregs.gdt.base = GDT;
-    sregs.gdt.limit = (size_of_val(&GDT_ENTRIES) - 1) as u16;
+    sregs.gdt.limit = (gdt_bytes - 1) as u16;
     sregs.idt.base = 0;
     sregs.idt.limit = 0;
-    sregs.cr0 = 0x11; // PE, ET
-    sregs.cr3 = 0;
-    sregs.cr4 = 0;
-    sregs.efer = 0;
-    sregs
 }
+
+#[cfg(test)]
+mod tests;

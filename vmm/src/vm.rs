@@ -329,10 +329,8 @@ impl Vm {
             // The others wait for the first to wake them, as on a PC.
             if id == 0 {
                 let reset = vcpu.get_sregs().map_err(on("KVM_GET_SREGS"))?;
-                vcpu.set_sregs(&boot::entry_sregs(reset))
-                    .map_err(on("KVM_SET_SREGS"))?;
-                vcpu.set_regs(&boot::entry_regs(entry))
-                    .map_err(on("KVM_SET_REGS"))?;
+                vcpu.set_sregs(&entry.sregs(reset)).map_err(on("KVM_SET_SREGS"))?;
+                vcpu.set_regs(&entry.regs()).map_err(on("KVM_SET_REGS"))?;
             }
         }
         let serial = SerialPort::new(parts.serial_interrupt()?, outbox.writer());
