@@ -12,7 +12,7 @@ use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::acpi;
-use crate::layout::{COMMAND_LINE, GDT, LOW_RAM_END, VirtioSlot};
+use crate::layout::{COMMAND_LINE, GDT, LOW_RAM_END, RESET_PORT, RESET_VALUE, RESET_VECTOR, VirtioSlot};
 use crate::memory::{GuestMemory, GuestRam, PAGE_BYTES};
 
 mod linux;
@@ -160,6 +160,7 @@ pub fn load(
     for (at, table) in acpi::tables(vcpus, slots) {
         write(room.memory, "an ACPI table", at, &table)?;
     }
+    write(room.memory, "the reset vector", RESET_VECTOR, &reset_code())?;
     let initrd = |end| {
         let path = source.initrd.as_deref();
         path.map(|path| load_initrd(room, path, end)).transpose()
@@ -175,6 +176,13 @@ pub fn load(
         pvh::write_boot_data(room, initrd)?;
         Ok(Entry::Pvh(loaded.boot))
     }
+}
+
+/// Real-mode code for the reset vector: `mov dx, RESET_PORT; mov al, RESET_VALUE; out dx, al; hlt`. Linux takes that way
+/// on a hardware-reduced machine without EFI (its reboot type "efi" falls back to "bios").
+fn reset_code() -> [u8; 7] {
+    let [low, high] = RESET_PORT.to_le_bytes();
+    [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xf4]
 }
 
 /// A kernel's file.

@@ -15,6 +15,7 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use crate::boot::BootSource;
+use crate::cpuid::baseline::CpuModel;
 use crate::memory::{MAX_MEMORY_BYTES, MIN_MEMORY_BYTES};
 use crate::session::Protection;
 use crate::vm::{MAX_VCPUS, MachineConfig};
@@ -80,7 +81,7 @@ pub enum ConfigError {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BootSourceConfig {
-    /// Path of an ELF64 kernel with a PVH entry note, on this host.
+    /// Path of a bzImage, or of an ELF64 kernel with a PVH entry note, on this host.
     #[schema(value_type = String)]
     pub kernel_image_path: PathBuf,
     /// Path of an initial RAM disk.
@@ -109,6 +110,9 @@ pub struct MachineSettings {
     /// Only `None`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<String>,
+    /// The CPU the guest is shown: `host`, `baseline:x86-64-v2`, `-v3` or `-v4`; `host` when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<String>,
     /// Only `None`.
     #[serde(default = "no_huge_pages")]
     pub huge_pages: String,
@@ -126,6 +130,7 @@ impl Default for MachineSettings {
             smt: false,
             track_dirty_pages: false,
             cpu_template: None,
+            cpu: None,
             huge_pages: no_huge_pages(),
         }
     }
@@ -145,6 +150,8 @@ pub struct MachineSettingsPatch {
     pub track_dirty_pages: Option<bool>,
     /// Only `None`.
     pub cpu_template: Option<String>,
+    /// See [`MachineSettings::cpu`].
+    pub cpu: Option<String>,
     /// Only `None`.
     pub huge_pages: Option<String>,
 }
@@ -167,6 +174,7 @@ impl MachineSettings {
             smt: patch.smt.unwrap_or(self.smt),
             track_dirty_pages: patch.track_dirty_pages.unwrap_or(self.track_dirty_pages),
             cpu_template: patch.cpu_template.or_else(|| self.cpu_template.clone()),
+            cpu: patch.cpu.or_else(|| self.cpu.clone()),
             huge_pages: patch.huge_pages.unwrap_or_else(|| self.huge_pages.clone()),
         };
         new.validate()?;
@@ -202,12 +210,13 @@ impl MachineSettings {
             .as_deref()
             .is_some_and(|template| template != "None")
         {
-            let hint = ": leave it out or \"None\"; the guest sees the host's CPU";
+            let hint = ": leave it out or \"None\", and choose with machine-config.cpu what the guest sees";
             return Err(ConfigError::Unsupported {
                 field: "machine-config.cpu_template",
                 hint,
             });
         }
+        self.model()?;
         if self.huge_pages != "None" {
             let hint = ": leave it out or \"None\"";
             return Err(ConfigError::Unsupported {
@@ -218,12 +227,25 @@ impl MachineSettings {
         Ok(())
     }
 
+    /// The CPU the guest is shown.
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`] when there is none of that name.
+    fn model(&self) -> Result<CpuModel, ConfigError> {
+        self.cpu
+            .as_deref()
+            .map_or(Ok(CpuModel::Host), str::parse)
+            .map_err(|why| invalid("machine-config.cpu", why))
+    }
+
     /// As the monitor takes it.
     #[must_use]
     pub fn machine(&self) -> MachineConfig {
         MachineConfig {
             memory_bytes: self.mem_size_mib << 20,
             vcpus: self.vcpu_count,
+            // A name that is none was refused by `validate`.
+            cpu: self.model().unwrap_or_default(),
         }
     }
 }
@@ -494,7 +516,8 @@ mod tests {
             config.machine_config.machine(),
             MachineConfig {
                 memory_bytes: 1 << 30,
-                vcpus: 2
+                vcpus: 2,
+                cpu: CpuModel::Host,
             }
         );
         assert_eq!(config.boot().unwrap().command_line, "console=ttyS0");

@@ -11,6 +11,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -129,7 +130,8 @@ enum Command {
     /// Stop, save, take the dirty set, copy its pages into the buffers given, go on.
     StopAndCopy(Buffers, Reply<Stopped>),
     PutBack(Vec<Range<u64>>),
-    Ended(u8, GuestEnd),
+    /// Of which life of the machine, and on which vCPU.
+    Ended(u64, u8, GuestEnd),
 }
 
 /// Room for a delta, used again and again: fresh memory costs microseconds a page at its first touch.
@@ -150,6 +152,8 @@ pub struct VmHandle {
     ram: Arc<GuestRam>,
     bus: Arc<Bus>,
     outbox: Outbox,
+    /// How often the guest was restarted in this process.
+    restarts: Arc<AtomicU64>,
     /// The vCPU threads hold a way to the owner too, so its inbox never closes by itself: the last handle to go ends
     /// the machine.
     _last: Arc<LastHandle>,
@@ -182,11 +186,12 @@ impl VmHandle {
         let (publish, state) = watch::channel(RunState::Paused);
         let outbox = Outbox::default();
         let to_owner = commands.clone();
-        let ended: Ended = Arc::new(move |id, end| {
+        let ended: Ended = Arc::new(move |life, id, end| {
             // An owner that is gone needs not be told.
-            let _ = to_owner.send(Command::Ended(id, end));
+            let _ = to_owner.send(Command::Ended(life, id, end));
         });
         let vm = make(&outbox, &ended)?;
+        let restarts: Arc<AtomicU64> = Arc::default();
         let handle = Self {
             _last: Arc::new(LastHandle(commands.clone())),
             commands,
@@ -195,6 +200,7 @@ impl VmHandle {
             ram: Arc::clone(vm.ram()),
             bus: Arc::clone(vm.bus()),
             outbox: outbox.clone(),
+            restarts: Arc::clone(&restarts),
         };
         std::thread::Builder::new()
             .name("vm".into())
@@ -203,6 +209,7 @@ impl VmHandle {
                     vm: Some(vm),
                     publish,
                     outbox,
+                    restarts,
                 }
                 .serve(&inbox)
             })
@@ -238,6 +245,12 @@ impl VmHandle {
     #[must_use]
     pub fn input(&self, bytes: &[u8]) -> usize {
         self.bus.serial().input(bytes)
+    }
+
+    /// How often the guest was restarted: what it was before then is of little use to a delta.
+    #[must_use]
+    pub fn restarts(&self) -> u64 {
+        self.restarts.load(Ordering::Acquire)
     }
 
     fn send<T>(
@@ -321,6 +334,7 @@ struct Owner {
     vm: Option<Vm>,
     publish: watch::Sender<RunState>,
     outbox: Outbox,
+    restarts: Arc<AtomicU64>,
 }
 
 impl Owner {
@@ -347,7 +361,7 @@ impl Owner {
                     }
                 }
                 Command::PutBack(ranges) => self.put_back(ranges.into_iter().flatten()),
-                Command::Ended(id, end) => self.guest_ended(id, end),
+                Command::Ended(life, id, end) => self.guest_ended(life, id, end),
             }
         }
     }
@@ -389,7 +403,7 @@ impl Owner {
         }
         let vm = self.live("resume")?;
         if !vm.running() {
-            vm.pause()?.resume();
+            vm.pause()?.resume()?;
             self.become_state(RunState::Running);
         }
         Ok(())
@@ -441,8 +455,10 @@ impl Owner {
             });
         }
         let result = capture(&mut paused, buffers);
-        if was_running {
-            paused.resume();
+        // Fails only before a machine's first run, and one that ran is past that.
+        if was_running && let Err(error) = paused.resume() {
+            tracing::error!(%error, "let the guest go on after a checkpoint");
+            self.become_state(RunState::Paused);
         }
         let stopped = start.elapsed();
         let (state, pages, bytes) = result?;
@@ -455,13 +471,37 @@ impl Owner {
         })
     }
 
-    fn guest_ended(&mut self, id: u8, end: GuestEnd) {
-        let Some(vm) = self.vm.as_mut().filter(|_| !self.publish.borrow().is_final()) else {
+    fn guest_ended(&mut self, life: u64, id: u8, mut end: GuestEnd) {
+        let state = self.publish.borrow().clone();
+        let Some(vm) = self
+            .vm
+            .as_mut()
+            .filter(|vm| !state.is_final() && vm.life() == life)
+        else {
             return;
         };
         // The other vCPUs have nothing left to run for.
         if let Err(error) = vm.pause().map(drop) {
             tracing::error!(%error, "stop the other vCPUs after the guest ended");
+        }
+        // A VM that another host may run stays fenced.
+        if matches!(state, RunState::Fenced { .. }) {
+            self.outbox.close();
+            return;
+        }
+        if end == GuestEnd::Reset && vm.can_restart() {
+            tracing::info!(vcpu = id, "the guest resets: it boots again");
+            // Before the memory changes: a capture under way learns of it, at the latest with its next.
+            self.restarts.fetch_add(1, Ordering::AcqRel);
+            match vm.restart() {
+                Ok(()) => {
+                    if state == RunState::Running {
+                        vm.run();
+                    }
+                    return;
+                }
+                Err(error) => end = GuestEnd::Failed(format!("restart it: {}", chain(&error))),
+            }
         }
         match &end {
             GuestEnd::Reset => tracing::info!(vcpu = id, "the guest reset"),
@@ -471,12 +511,17 @@ impl Owner {
             }
             GuestEnd::Failed(why) => tracing::error!(vcpu = id, %why, "the guest cannot go on"),
         }
-        // A VM that another host may run stays fenced.
-        if !matches!(*self.publish.borrow(), RunState::Fenced { .. }) {
-            self.become_state(RunState::Ended(end));
-        }
+        self.become_state(RunState::Ended(end));
         self.outbox.close();
     }
+}
+
+/// An error and its causes on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |e| e.source())
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ")
 }
 
 fn answer<T>(reply: Reply<T>, result: Result<T, ControlError>) {

@@ -9,6 +9,8 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
 use crate::kvm::KvmError;
 
+pub mod baseline;
+
 /// The most CPUID entries a vCPU is given or a saved state may hold (KVM's own limit).
 pub const MAX_ENTRIES: usize = 256;
 
@@ -66,11 +68,13 @@ pub fn offered(supported: &[kvm_cpuid_entry2], probe: &VcpuFd) -> Result<Vec<kvm
     Ok(seen)
 }
 
-/// The CPUID of vCPU `id` of `count`, on a TSC of `tsc_khz`.
+/// The CPUID of vCPU `id` of `count`, on a TSC of `tsc_khz`: one package, one thread a core. APIC ids are vCPU numbers.
 #[must_use]
 pub fn for_vcpu(supported: &[kvm_cpuid_entry2], id: u8, count: u8, tsc_khz: u32) -> Vec<kvm_cpuid_entry2> {
     let mut entries = supported.to_vec();
-    let count_bits = u32::from(count).next_power_of_two().trailing_zeros();
+    let id_bits = u32::from(count).next_power_of_two().trailing_zeros();
+    // Leaf 0x1f is an extension of 0xb, and nothing in it applies here.
+    entries.retain(|entry| !matches!(entry.function, TIMING_LEAF | 0xb | 0x1f));
     for entry in &mut entries {
         match entry.function {
             1 => {
@@ -84,24 +88,48 @@ pub fn for_vcpu(supported: &[kvm_cpuid_entry2], id: u8, count: u8, tsc_khz: u32)
                     entry.edx & !(1 << 28)
                 };
             }
-            // Extended topology: one thread a core, all cores in one package.
-            0xb | 0x1f => {
-                entry.edx = u32::from(id);
-                match entry.index {
-                    0 => (entry.eax, entry.ebx, entry.ecx) = (0, 1, 1 << 8),
-                    1 => (entry.eax, entry.ebx, entry.ecx) = (count_bits, u32::from(count), 1 | 2 << 8),
-                    index => (entry.eax, entry.ebx, entry.ecx) = (0, 0, index),
-                }
+            // Caches (Intel's and AMD's leaf have the same form): in 25..14 the APIC ids that share one, less one; the
+            // third level is the package's. Intel: in 31..26 the core ids of the package, less one.
+            4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
+                let sharing = if (entry.eax >> 5) & 7 >= 3 {
+                    (1 << id_bits) - 1
+                } else {
+                    0
+                };
+                let cores = if entry.function == 4 {
+                    (1 << id_bits) - 1
+                } else {
+                    0
+                };
+                entry.eax = (entry.eax & 0x3fff) | (sharing << 14) | (cores << 26);
             }
             // AMD: cores in the package less one, and the APIC id's size.
-            0x8000_0008 => entry.ecx = (entry.ecx & !0xf0ff) | u32::from(count - 1) | (count_bits << 12),
+            0x8000_0008 => entry.ecx = (entry.ecx & !0xf0ff) | u32::from(count - 1) | (id_bits << 12),
             // AMD: extended APIC id; one thread a core; node 0 of 1.
             0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (u32::from(id), u32::from(id), 0),
             KVM_SIGNATURE_LEAF => entry.eax = entry.eax.max(TIMING_LEAF),
             _ => {}
         }
     }
-    entries.retain(|entry| entry.function != TIMING_LEAF);
+    // Extended topology. Newer KVMs leave it to us, and list an empty one.
+    if entries.iter().any(|e| e.function == 0 && e.eax >= 0xb) {
+        for (index, (shift, cpus, kind)) in [(0, 1, 1), (id_bits, u32::from(count), 2), (0, 0, 0)]
+            .into_iter()
+            .enumerate()
+        {
+            entries.push(kvm_cpuid_entry2 {
+                function: 0xb,
+                index: index as u32,
+                flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+                eax: shift,
+                ebx: cpus,
+                // The level's number, and its kind: 1 thread, 2 core.
+                ecx: index as u32 | (kind << 8),
+                edx: id.into(),
+                ..Default::default()
+            });
+        }
+    }
     entries.push(kvm_cpuid_entry2 {
         function: TIMING_LEAF,
         eax: tsc_khz,
@@ -136,7 +164,7 @@ struct FeatureWord {
     ignore: u32,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 enum Register {
     Eax,
     Ebx,
@@ -151,6 +179,15 @@ impl Register {
             Self::Ebx => entry.ebx,
             Self::Ecx => entry.ecx,
             Self::Edx => entry.edx,
+        }
+    }
+
+    fn of_mut(self, entry: &mut kvm_cpuid_entry2) -> &mut u32 {
+        match self {
+            Self::Eax => &mut entry.eax,
+            Self::Ebx => &mut entry.ebx,
+            Self::Ecx => &mut entry.ecx,
+            Self::Edx => &mut entry.edx,
         }
     }
 
@@ -232,37 +269,61 @@ const FEATURES: &[FeatureWord] = &[
     ]),
 ];
 
+/// The word's value in a CPUID; 0 where there is no such leaf.
+fn value_of(entries: &[kvm_cpuid_entry2], word: &FeatureWord) -> u32 {
+    entries
+        .iter()
+        .find(|e| {
+            e.function == word.function
+                && (e.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX == 0 || e.index == word.index)
+        })
+        .map_or(0, |e| word.register.of(e))
+}
+
+/// The names of some bits of a word, by bit.
+fn names_of(word: &FeatureWord, mut bits: u32) -> Vec<String> {
+    let known = FEATURES
+        .iter()
+        .find(|f| (f.function, f.index, f.register) == (word.function, word.index, word.register));
+    let mut names = Vec::new();
+    while bits != 0 {
+        let bit = bits.trailing_zeros() as u8;
+        bits &= bits - 1;
+        let name = known.and_then(|known| known.names.iter().find(|(b, _)| *b == bit));
+        names.push(name.map_or_else(
+            || {
+                let register = word.register.name();
+                format!("CPUID {:#x}.{} {register} bit {bit}", word.function, word.index)
+            },
+            |(_, name)| (*name).to_owned(),
+        ));
+    }
+    names
+}
+
+/// The vendor that leaf 0 names.
+fn vendor(entries: &[kvm_cpuid_entry2]) -> Option<String> {
+    let leaf = entries.iter().find(|e| e.function == 0)?;
+    let bytes: Vec<u8> = [leaf.ebx, leaf.edx, leaf.ecx]
+        .into_iter()
+        .flat_map(u32::to_le_bytes)
+        .collect();
+    Some(String::from_utf8_lossy(&bytes).into_owned())
+}
+
 /// The features that a saved vCPU was shown and that this host's `supported` lacks, in words.
 #[must_use]
 pub fn missing(saved: &[kvm_cpuid_entry2], supported: &[kvm_cpuid_entry2]) -> Vec<String> {
-    let find = |entries: &[kvm_cpuid_entry2], word: &FeatureWord| {
-        entries
-            .iter()
-            .find(|e| {
-                e.function == word.function
-                    && (e.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX == 0 || e.index == word.index)
-            })
-            .map_or(0, |e| word.register.of(e))
-    };
     let mut missing = Vec::new();
+    if let (Some(saved), Some(host)) = (vendor(saved), vendor(supported))
+        && saved != host
+    {
+        // Kernels choose their system call entry and their workarounds by it.
+        missing.push(format!("a CPU of {saved} (this host's is of {host})"));
+    }
     for word in FEATURES {
-        let mut bits = find(saved, word) & !find(supported, word) & !word.ignore;
-        while bits != 0 {
-            let bit = bits.trailing_zeros() as u8;
-            bits &= bits - 1;
-            let name = word.names.iter().find(|(b, _)| *b == bit).map(|(_, name)| *name);
-            missing.push(name.map_or_else(
-                || {
-                    format!(
-                        "CPUID {:#x}.{} {} bit {bit}",
-                        word.function,
-                        word.index,
-                        word.register.name()
-                    )
-                },
-                str::to_owned,
-            ));
-        }
+        let bits = value_of(saved, word) & !value_of(supported, word) & !word.ignore;
+        missing.extend(names_of(word, bits));
     }
     missing
 }
@@ -289,19 +350,45 @@ mod tests {
 
     #[test]
     fn each_vcpu_has_its_own_apic_id() {
-        let base = [leaf(1, 0), leaf(0xb, 0), leaf(KVM_SIGNATURE_LEAF, 0)];
-        let third = for_vcpu(&base, 2, 4, 2_600_000);
-        assert_eq!(third[0].ebx >> 24, 2);
-        assert_eq!(third[1].edx, 2);
-        assert_eq!(third[2].eax, TIMING_LEAF);
+        let mut base = vec![
+            leaf(0, 0),
+            leaf(1, 0),
+            leaf(0xb, 0),
+            leaf(KVM_SIGNATURE_LEAF, 0),
+            leaf(4, 0),
+            leaf(4, 0),
+        ];
+        base[0].eax = 0xd;
+        base[4].eax = 0x1234_c021; // a data cache of level 1
+        base[5].eax = 0x1234_c063; // a cache of level 3
+        let third = for_vcpu(&base, 2, 6, 2_600_000);
+        let find = |function, index| {
+            let found = third.iter().find(|e| e.function == function && e.index == index);
+            *found.unwrap()
+        };
+        assert_eq!(find(1, 0).ebx >> 16, 2 << 8 | 6);
         assert_eq!(
-            third.last().map(|e| (e.function, e.eax)),
-            Some((TIMING_LEAF, 2_600_000))
+            (find(0xb, 0).edx, find(0xb, 0).ebx, find(0xb, 0).ecx),
+            (2, 1, 0x100)
         );
         assert_eq!(
-            for_vcpu(&third, 2, 4, 1).len(),
+            (find(0xb, 1).edx, find(0xb, 1).ebx, find(0xb, 1).ecx),
+            (2, 6, 0x201)
+        );
+        assert_eq!(find(0xb, 1).eax, 3, "six ids take three bits");
+        assert_eq!(find(0xb, 2).ebx, 0, "the end of the list");
+        let caches: Vec<u32> = third
+            .iter()
+            .filter(|e| e.function == 4)
+            .map(|e| e.eax >> 14 & 0xfff)
+            .collect();
+        assert_eq!(caches, [0, 7], "the third level is shared");
+        assert_eq!(find(KVM_SIGNATURE_LEAF, 0).eax, TIMING_LEAF);
+        assert_eq!(find(TIMING_LEAF, 0).eax, 2_600_000);
+        assert_eq!(
+            for_vcpu(&third, 2, 6, 1).len(),
             third.len(),
-            "the timing leaf is there once"
+            "nothing is added twice"
         );
     }
 }

@@ -3,7 +3,10 @@
 //! Every error names the ioctl, so that a log line can be looked up in the kernel's own documentation
 //! (Documentation/virt/kvm/api.rst).
 
-use kvm_bindings::{KVMIO, kvm_clear_dirty_log, kvm_dirty_log, kvm_userspace_memory_region, kvm_xsave};
+use kvm_bindings::{
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_clear_dirty_log, kvm_device_attr, kvm_dirty_log,
+    kvm_userspace_memory_region, kvm_xsave,
+};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref};
@@ -13,11 +16,16 @@ use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
 mod number {
     use super::*;
     ioctl_ior_nr!(KVM_GET_XSAVE2, KVMIO, 0xcf, kvm_xsave);
+    ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
+    ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
     ioctl_iow_nr!(KVM_SET_XSAVE, KVMIO, 0xa5, kvm_xsave);
     ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
     ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 }
-use number::{KVM_CLEAR_DIRTY_LOG, KVM_GET_DIRTY_LOG, KVM_GET_XSAVE2, KVM_SET_XSAVE};
+use number::{
+    KVM_CLEAR_DIRTY_LOG, KVM_GET_DEVICE_ATTR, KVM_GET_DIRTY_LOG, KVM_GET_XSAVE2, KVM_SET_DEVICE_ATTR,
+    KVM_SET_XSAVE,
+};
 
 /// The smallest XSAVE area KVM hands out, and the size where `KVM_CAP_XSAVE2` is absent.
 pub const XSAVE_MIN_BYTES: usize = 4096;
@@ -192,6 +200,43 @@ pub(crate) fn clear_dirty_log(
     } else {
         Err(errno::Error::last())
     }
+}
+
+fn tsc_offset_attribute(value: *const u64) -> kvm_device_attr {
+    kvm_device_attr {
+        group: KVM_VCPU_TSC_CTRL,
+        attr: KVM_VCPU_TSC_OFFSET.into(),
+        addr: value as u64,
+        flags: 0,
+    }
+}
+
+/// The vCPU's `KVM_VCPU_TSC_OFFSET`: the guest's TSC less the host's (scaled, where it is). `None` before Linux 5.16.
+pub(crate) fn tsc_offset(vcpu: &VcpuFd) -> Option<u64> {
+    let mut offset = 0u64;
+    let attribute = tsc_offset_attribute(&raw mut offset);
+    // SAFETY: the kernel writes eight bytes to the address in the attribute, which is that of a live, exclusively
+    // owned u64.
+    let ret = unsafe { ioctl_with_ref(vcpu, KVM_GET_DEVICE_ATTR(), &attribute) };
+    (ret == 0).then_some(offset)
+}
+
+/// Sets the vCPU's `KVM_VCPU_TSC_OFFSET`.
+pub(crate) fn set_tsc_offset(vcpu: &VcpuFd, offset: u64) -> Result<(), errno::Error> {
+    let attribute = tsc_offset_attribute(&raw const offset);
+    // SAFETY: the kernel reads eight bytes from the address in the attribute, which is that of a live u64.
+    let ret = unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attribute) };
+    if ret == 0 {
+        Ok(())
+    } else {
+        Err(errno::Error::last())
+    }
+}
+
+/// The host's wall clock, in nanoseconds since 1970.
+pub(crate) fn realtime_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    u64::try_from(i128::from(now.tv_sec) * 1_000_000_000 + i128::from(now.tv_nsec)).unwrap_or(0)
 }
 
 /// `KVM_SET_USER_MEMORY_REGION` with a slot of a [`GuestRam`](crate::memory::GuestRam).

@@ -10,6 +10,7 @@
 //! 0x0009_fc00..0x10_0000 reserved: the PC's hole. In it, in real memory that a checkpoint holds:
 //!     0x000e_0000            RSDP, ACPI tables
 //!     0x000e_f000            generation id (one page)
+//!     0x000f_fff0            where a PC's processor begins after a reset: four instructions that ask for one
 //! 0x0010_0000..          kernel, ..., initrd at the top of low RAM
 //! ..0xc000_0000          end of low RAM
 //! 0xd000_0000..          virtio-mmio windows, 4 KiB each
@@ -57,6 +58,8 @@ pub const ACPI_TABLES: u64 = 0xe_0040;
 pub const ACPI_TABLES_END: u64 = 0xe_f000;
 /// The page that holds the VM generation id, 16 bytes at its start.
 pub const GENERATION_ID: u64 = 0xe_f000;
+/// What a kernel jumps to in real mode, when it knows no better way to reset.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where extended memory begins; a kernel may not begin below.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 

@@ -6,6 +6,7 @@ pub mod api;
 pub mod boot;
 pub mod bus;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod control;
 pub mod cpuid;
@@ -17,6 +18,7 @@ pub mod layout;
 #[allow(unsafe_code)]
 pub mod memory;
 pub mod outbox;
+pub mod preflight;
 pub mod replica;
 pub mod session;
 pub mod state;

@@ -19,7 +19,10 @@ use std::ptr::NonNull;
 
 use crate::dirty::OwnWrites;
 use crate::layout::{HIGH_RAM_START, LOW_RAM_END};
-use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, ftruncate, memfd_create, seek};
+use rustix::fs::{
+    FallocateFlags, MemfdFlags, SealFlags, SeekFrom, fallocate, fcntl_add_seals, ftruncate, memfd_create,
+    seek,
+};
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
@@ -270,6 +273,15 @@ impl GuestRam {
             runs.push(start / page..end.div_ceil(page));
             at = end;
         }
+    }
+
+    /// Makes every page a hole again: all zero, as new. The guest must not run.
+    ///
+    /// # Errors
+    /// The system's error from `fallocate`.
+    pub fn clear(&self) -> Result<(), rustix::io::Errno> {
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(&self.file, punch, 0, self.bytes())
     }
 
     /// The offset of `bytes` from page `first` on, if they are inside.

@@ -41,6 +41,8 @@ pub fn memory_space(ram: &GuestRam) -> Space {
 #[derive(Debug)]
 pub struct VmSource {
     vm: VmHandle,
+    /// The guest's restarts that the newest full capture knows of.
+    restarts: u64,
     /// Buffers come back when a stored capture is dropped, on whatever thread that is; held for a swap.
     spare: Arc<Mutex<Buffers>>,
 }
@@ -50,6 +52,7 @@ impl VmSource {
     #[must_use]
     pub fn new(vm: VmHandle) -> Self {
         Self {
+            restarts: vm.restarts(),
             vm,
             spare: Arc::default(),
         }
@@ -219,11 +222,16 @@ fn new_checkpoint_id() -> Result<CheckpointId, ControlError> {
 
 impl Source for VmSource {
     fn capture(&mut self, kind: CaptureKind) -> Result<Captured, SourceError> {
-        match kind {
-            CaptureKind::Full => self.full(),
-            CaptureKind::Delta => self.delta(),
+        // After a restart nearly every page has changed: a delta would copy them while the guest stands still, and a
+        // full capture does it while it runs. A restart from here on is in the dirty set, whatever is captured.
+        let restarts = self.vm.restarts();
+        let captured = match kind {
+            CaptureKind::Delta if restarts == self.restarts => self.delta(),
+            CaptureKind::Full | CaptureKind::Delta => self.full(),
         }
-        .map_err(SourceError::new)
+        .map_err(SourceError::new)?;
+        self.restarts = restarts;
+        Ok(captured)
     }
 
     fn put_back(&mut self, captured: &Captured) {

@@ -21,8 +21,10 @@ use segment::{Generation, SegmentName, VmId};
 use tokio::sync::mpsc;
 
 use crate::boot::BootSource;
+use crate::clock::ClockPolicy;
 use crate::config::CheckpointConfig;
 use crate::control::{RunState, VmHandle};
+use crate::preflight::{self, Lack};
 use crate::replica::{RamTarget, VmSource};
 use crate::state;
 use crate::vm::{MachineConfig, Vm, no_devices};
@@ -148,11 +150,15 @@ impl Session {
         )
     }
 
-    /// A VM from a checkpoint, not running yet.
+    /// A VM from a checkpoint, not running yet. `clock` is about the time since the checkpoint.
     ///
     /// # Errors
     /// [`SessionError`]; nothing runs, and the checkpoint is as it was.
-    pub async fn restore(config: SessionConfig, from: RestoreFrom) -> Result<Self, SessionError> {
+    pub async fn restore(
+        config: SessionConfig,
+        from: RestoreFrom,
+        clock: ClockPolicy,
+    ) -> Result<Self, SessionError> {
         let plan = load_plan(&config, &from)?;
         let tip = plan.manifest().name.clone();
         let records = plan.records()?;
@@ -176,7 +182,7 @@ impl Session {
                         .map(drop)
                         .map_err(Into::into)
                 };
-                Vm::restore(&saved, load, &no_devices, outbox, ended)
+                Vm::restore(&saved, clock, load, &no_devices, outbox, ended)
             })
         })
         .await??;
@@ -201,6 +207,24 @@ impl Session {
                 restored_from: Some(tip),
             },
         )
+    }
+
+    /// What this host lacks to run a checkpoint; nothing is made or changed. The memory's content is not looked at.
+    ///
+    /// # Errors
+    /// [`SessionError`] when the checkpoint cannot be read, or /dev/kvm cannot be asked.
+    pub fn preflight(
+        config: &SessionConfig,
+        from: &RestoreFrom,
+    ) -> Result<(SegmentName, Vec<Lack>), SessionError> {
+        let plan = load_plan(config, from)?;
+        let name = plan.manifest().name.clone();
+        let saved = state::from_records(&plan.records()?).map_err(|source| SessionError::State {
+            name: name.clone(),
+            source,
+        })?;
+        let lacks = preflight::check(&saved)?;
+        Ok((name, lacks))
     }
 
     fn new(config: SessionConfig, origin: Origin) -> Result<Self, SessionError> {

@@ -2,7 +2,7 @@
 //!
 //! | tag | version | payload |
 //! |---|---|---|
-//! | `machine` | 1 | CBOR: memory bytes, number of vCPUs, number of virtio devices |
+//! | `machine` | 1 | CBOR: memory bytes, number of vCPUs, number of virtio devices, CPU model |
 //! | `vcpu/N/mp_state`, `regs`, `sregs`, `xcrs`, `debugregs`, `lapic`, `events` | 1 | KVM's structure of that name, as the kernel's ABI lays it out |
 //! | `vcpu/N/xsave` | 1 | the XSAVE area |
 //! | `vcpu/N/cpuid` | 1 | `kvm_cpuid_entry2`, any number |
@@ -23,6 +23,7 @@ use vm_superio::serial::SerialState;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::cpuid;
+use crate::cpuid::baseline::CpuModel;
 use crate::devices::i8042::I8042State;
 use crate::devices::rtc::RtcState;
 use crate::kvm::XSAVE_MAX_BYTES;
@@ -78,6 +79,9 @@ struct MachineRecord {
     #[n(2)]
     #[cbor(default)]
     virtio: u8,
+    /// The CPU it is shown; absent: the host's it was booted on.
+    #[n(3)]
+    cpu: Option<String>,
 }
 
 #[derive(minicbor::Encode, minicbor::Decode)]
@@ -126,6 +130,7 @@ pub fn to_records(state: &MachineState) -> Vec<Record> {
         vcpus: state.config.vcpus,
         // A machine has at most MAX_VIRTIO_SLOTS.
         virtio: state.virtio.len() as u8,
+        cpu: (state.config.cpu != CpuModel::Host).then(|| state.config.cpu.to_string()),
     };
     put("machine".into(), cbor(&machine));
     for (index, vcpu) in state.vcpus.iter().enumerate() {
@@ -286,6 +291,10 @@ pub fn from_records(records: &[Record]) -> Result<MachineState, StateError> {
             format!("{} bytes of memory", machine.memory_bytes),
         ));
     }
+    let cpu = match &machine.cpu {
+        None => CpuModel::Host,
+        Some(name) => name.parse().map_err(|why: String| invalid("machine", why))?,
+    };
     let vcpus = (0..machine.vcpus)
         .map(|index| vcpu(&mut unread, index))
         .collect::<Result<Vec<_>, _>>()?;
@@ -293,6 +302,7 @@ pub fn from_records(records: &[Record]) -> Result<MachineState, StateError> {
         config: MachineConfig {
             memory_bytes: machine.memory_bytes,
             vcpus: machine.vcpus,
+            cpu,
         },
         vcpus,
         pit: unread.plain("pit")?,
@@ -422,6 +432,7 @@ mod tests {
             config: MachineConfig {
                 memory_bytes: 64 << 20,
                 vcpus: 2,
+                cpu: CpuModel::V3,
             },
             vcpus: vec![vcpu.clone(), vcpu],
             pit: Default::default(),
@@ -471,6 +482,7 @@ mod tests {
         let records = to_records(&sample());
         let back = from_records(&records).unwrap();
         assert_eq!(to_records(&back), records);
+        assert_eq!(back.config.cpu, CpuModel::V3);
         assert_eq!(back.vcpus[1].regs.rip, 0x1234_5678_9abc);
         assert_eq!(back.serial.in_buffer, b"typed");
         assert_eq!(back.virtio, sample().virtio);

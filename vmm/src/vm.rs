@@ -12,30 +12,34 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES,
-    KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
-    kvm_userspace_memory_region,
-};
-use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
-use vmm_sys_util::eventfd::EventFd;
+use kvm_bindings::{kvm_clock_data, kvm_irqchip, kvm_pit_state2};
+use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::boot::{self, BootError, BootSource};
 use crate::bus::{Attached, Bus, MmioDevice, Occupied};
+use crate::clock::{ClockPolicy, HostClock, SavedClock};
 use crate::cpuid;
+use crate::cpuid::baseline::{CpuModel, ModelError};
 use crate::devices::DeviceStateError;
 use crate::devices::i8042::{I8042, I8042State};
 use crate::devices::rtc::{Rtc, RtcState};
-use crate::devices::serial::{Interrupt, SerialPort};
+use crate::devices::serial::SerialPort;
 use crate::devices::virtio::mmio::DrainError;
 use crate::devices::virtio::state::VirtioState;
 use crate::dirty::DirtyTracker;
-use crate::kvm::{self, KvmError};
-use crate::layout::{IDENTITY_MAP, SERIAL_GSI, TSS_PAGES, VIRTIO_QUEUE_NOTIFY};
+use crate::kvm::KvmError;
+use crate::layout::VirtioSlot;
 use crate::memory::{GuestRam, MemoryError};
 use crate::outbox::Outbox;
 use crate::vcpu::state::{self, RestoreError, VcpuState};
-use crate::vcpu::{GuestEnd, Vcpu, VcpuError, msrs};
+use crate::vcpu::{GuestEnd, Vcpu, VcpuError};
+use parts::{Parts, tie};
+
+mod parts;
+mod paused;
+
+pub(crate) use parts::set_slots;
+pub use paused::Paused;
 
 /// The most vCPUs a guest can have.
 pub const MAX_VCPUS: u8 = 32;
@@ -47,6 +51,8 @@ pub struct MachineConfig {
     pub memory_bytes: u64,
     /// Number of vCPUs, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
+    /// The CPU the guest is shown.
+    pub cpu: CpuModel,
 }
 
 /// Everything of a stopped machine but its memory: plain, untrusted.
@@ -117,6 +123,21 @@ pub enum VmError {
     /// A device could not be made.
     #[error("attach the devices")]
     Attach(#[source] BoxedError),
+    /// A machine that was restored does not know its kernel.
+    #[error("the kernel to restart with is not known here")]
+    NoKernel,
+    /// The guest's memory could not be zeroed for a restart.
+    #[error("{call} on the guest's memory, to restart it")]
+    Clear {
+        /// The system call.
+        call: &'static str,
+        /// The system's error.
+        #[source]
+        source: rustix::io::Errno,
+    },
+    /// The CPU to show the guest.
+    #[error(transparent)]
+    Model(#[from] ModelError),
     /// The guest's memory could not be filled.
     #[error("load the guest's memory")]
     Load(#[source] BoxedError),
@@ -137,8 +158,12 @@ pub fn no_devices(_: &Arc<GuestRam>) -> Result<Vec<Attached>, BoxedError> {
     Ok(Vec::new())
 }
 
-/// Called on a vCPU's thread when the guest ends of itself.
-pub type Ended = Arc<dyn Fn(u8, GuestEnd) + Send + Sync>;
+/// Called on a vCPU's thread when the guest ends of itself, with the machine's [`Vm::life`] and the vCPU.
+pub type Ended = Arc<dyn Fn(u64, u8, GuestEnd) + Send + Sync>;
+
+fn slots_of(attached: &[Attached]) -> Vec<VirtioSlot> {
+    attached.iter().map(|device| device.slot).collect()
+}
 
 /// A machine. Dropping it stops the guest and frees everything.
 pub struct Vm {
@@ -153,7 +178,15 @@ pub struct Vm {
     config: MachineConfig,
     msr_list: Vec<u32>,
     xsave_bytes: usize,
+    host_clock: HostClock,
+    /// A frozen clock that is set once more when the guest first runs.
+    start_clock: Option<SavedClock>,
     running: bool,
+    life: u64,
+    /// What it was booted from, if that was here.
+    source: Option<BootSource>,
+    outbox: Outbox,
+    ended: Ended,
 }
 
 impl std::fmt::Debug for Vm {
@@ -165,143 +198,8 @@ impl std::fmt::Debug for Vm {
     }
 }
 
-/// The parts of a machine before its vCPUs have threads.
-struct Parts {
-    kvm: Kvm,
-    fd: VmFd,
-    vcpus: Vec<VcpuFd>,
-    xsave_bytes: usize,
-    msr_list: Vec<u32>,
-}
-
-impl Parts {
-    /// VM, TSS, interrupt chips and timer, then vCPUs: the chips must be there before the vCPUs, whose local APICs
-    /// belong to them.
-    fn new(vcpus: u8) -> Result<Self, VmError> {
-        if !(1..=MAX_VCPUS).contains(&vcpus) {
-            return Err(VmError::VcpuCount { count: vcpus.into() });
-        }
-        let kvm = kvm::open()?;
-        let fd = kvm
-            .create_vm()
-            .map_err(KvmError::ioctl("KVM_CREATE_VM", "/dev/kvm"))?;
-        fd.set_tss_address(TSS_PAGES)
-            .map_err(KvmError::ioctl("KVM_SET_TSS_ADDR", "the VM"))?;
-        fd.set_identity_map_address(IDENTITY_MAP)
-            .map_err(KvmError::ioctl("KVM_SET_IDENTITY_MAP_ADDR", "the VM"))?;
-        fd.create_irq_chip()
-            .map_err(KvmError::ioctl("KVM_CREATE_IRQCHIP", "the VM"))?;
-        let pit = kvm_pit_config {
-            flags: KVM_PIT_SPEAKER_DUMMY,
-            ..Default::default()
-        };
-        fd.create_pit2(pit)
-            .map_err(KvmError::ioctl("KVM_CREATE_PIT2", "the VM"))?;
-        let vcpus = (0..vcpus)
-            .map(|id| {
-                fd.create_vcpu(id.into())
-                    .map_err(KvmError::ioctl("KVM_CREATE_VCPU", format!("vCPU {id}")))
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        let msr_list = msrs::list(&kvm, &vcpus[0])?;
-        let xsave_bytes = kvm::xsave_bytes(&fd);
-        Ok(Self {
-            kvm,
-            fd,
-            vcpus,
-            xsave_bytes,
-            msr_list,
-        })
-    }
-
-    fn serial_interrupt(&self) -> Result<Interrupt, VmError> {
-        let make = |source| VmError::Interrupt {
-            device: "serial port",
-            source,
-        };
-        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(make)?;
-        self.fd
-            .register_irqfd(&event, SERIAL_GSI)
-            .map_err(KvmError::ioctl("KVM_IRQFD", "the serial port"))?;
-        Ok(Interrupt::new(event))
-    }
-
-    /// Ties a device to its line and its queues' kicks, and puts it on the bus.
-    fn attach(&self, bus: &mut Bus, attached: &Attached) -> Result<(), VmError> {
-        let slot = attached.slot;
-        let on = |ioctl: &'static str| KvmError::ioctl(ioctl, format!("virtio slot {}", slot.number()));
-        let device = &attached.device;
-        bus.attach(slot, Arc::clone(device) as Arc<dyn MmioDevice>)?;
-        self.fd
-            .register_irqfd(device.irq_event(), slot.gsi())
-            .map_err(on("KVM_IRQFD"))?;
-        let notify = IoEventAddress::Mmio(slot.address() + VIRTIO_QUEUE_NOTIFY);
-        for (kick, queue) in device.kicks().iter().zip(0u32..) {
-            self.fd
-                .register_ioevent(kick, &notify, queue)
-                .map_err(on("KVM_IOEVENTFD"))?;
-        }
-        Ok(())
-    }
-
-    fn into_vm(
-        self,
-        config: MachineConfig,
-        ram: Arc<GuestRam>,
-        mut bus: Bus,
-        attached: Vec<Attached>,
-        ended: &Ended,
-    ) -> Result<Vm, VmError> {
-        for device in &attached {
-            self.attach(&mut bus, device)?;
-        }
-        let bus = Arc::new(bus);
-        let vcpus = self
-            .vcpus
-            .into_iter()
-            .zip(0u8..)
-            .map(|(fd, id)| {
-                let ended = Arc::clone(ended);
-                Vcpu::start(id, fd, Arc::clone(&bus), move |id, end| ended(id, end))
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        let dirty = DirtyTracker::new(&ram, false);
-        Ok(Vm {
-            vcpus,
-            bus,
-            fd: self.fd,
-            ram,
-            attached,
-            dirty,
-            logging: false,
-            config,
-            msr_list: self.msr_list,
-            xsave_bytes: self.xsave_bytes,
-            running: false,
-        })
-    }
-}
-
-/// Tells KVM of the memory slots, or changes whether their writes are logged.
-fn set_slots(fd: &VmFd, ram: &GuestRam, log: bool) -> Result<(), KvmError> {
-    for slot in ram.slots() {
-        let region = kvm_userspace_memory_region {
-            slot: slot.id,
-            flags: if log { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
-            guest_phys_addr: slot.guest_address,
-            memory_size: slot.bytes,
-            userspace_addr: ram.host_address(slot),
-        };
-        kvm::set_memory_slot(fd, region).map_err(KvmError::ioctl(
-            "KVM_SET_USER_MEMORY_REGION",
-            format!("memory slot {}", slot.id),
-        ))?;
-    }
-    Ok(())
-}
-
 impl Vm {
-    /// A machine that is about to execute its kernel's first instruction.
+    /// A machine that is about to execute its kernel's first instruction. It can be restarted.
     ///
     /// # Errors
     /// [`VmError`], before anything has run.
@@ -314,28 +212,111 @@ impl Vm {
     ) -> Result<Self, VmError> {
         let ram = Arc::new(GuestRam::new(config.memory_bytes)?);
         let attached = attach(&ram).map_err(VmError::Attach)?;
-        let slots: Vec<_> = attached.iter().map(|device| device.slot).collect();
-        let entry = boot::load(&ram, source, config.vcpus, &slots)?;
+        let entry = boot::load(&ram, source, config.vcpus, &slots_of(&attached))?;
         let parts = Parts::new(config.vcpus)?;
         set_slots(&parts.fd, &ram, false)?;
-        let supported = cpuid::supported(&parts.kvm)?;
-        for (vcpu, id) in parts.vcpus.iter().zip(0u8..) {
-            let on = |ioctl: &'static str| KvmError::ioctl(ioctl, format!("vCPU {id}"));
-            let tsc_khz = vcpu.get_tsc_khz().map_err(on("KVM_GET_TSC_KHZ"))?;
-            let entries = cpuid::for_vcpu(&supported, id, config.vcpus, tsc_khz);
-            let invalid = |why| RestoreError::Invalid { vcpu: id, why };
-            vcpu.set_cpuid2(&cpuid::to_kvm(&entries).map_err(invalid)?)
-                .map_err(on("KVM_SET_CPUID2"))?;
-            // The others wait for the first to wake them, as on a PC.
-            if id == 0 {
-                let reset = vcpu.get_sregs().map_err(on("KVM_GET_SREGS"))?;
-                vcpu.set_sregs(&entry.sregs(reset)).map_err(on("KVM_SET_SREGS"))?;
-                vcpu.set_regs(&entry.regs()).map_err(on("KVM_SET_REGS"))?;
-            }
-        }
+        parts.at_entry(config, entry)?;
         let serial = SerialPort::new(parts.serial_interrupt()?, outbox.writer());
         let bus = Bus::new(serial, I8042::default(), Rtc::default());
-        parts.into_vm(config, ram, bus, attached, ended)
+        let mut vm = Self::assemble(parts, config, ram, bus, attached, (outbox, ended))?;
+        vm.source = Some(source.clone());
+        Ok(vm)
+    }
+
+    /// Gives the vCPUs their threads and the devices their lines.
+    fn assemble(
+        parts: Parts,
+        config: MachineConfig,
+        ram: Arc<GuestRam>,
+        mut bus: Bus,
+        attached: Vec<Attached>,
+        (outbox, ended): (&Outbox, &Ended),
+    ) -> Result<Self, VmError> {
+        for device in &attached {
+            bus.attach(device.slot, Arc::clone(&device.device) as Arc<dyn MmioDevice>)?;
+            tie(&parts.fd, device)?;
+        }
+        let mut vm = Self {
+            vcpus: Vec::new(),
+            bus: Arc::new(bus),
+            fd: parts.fd,
+            dirty: DirtyTracker::new(&ram, false),
+            ram,
+            attached,
+            logging: false,
+            config,
+            msr_list: config.cpu.cut(parts.msr_list),
+            xsave_bytes: parts.xsave_bytes,
+            host_clock: parts.clock,
+            start_clock: None,
+            running: false,
+            life: 0,
+            source: None,
+            outbox: outbox.clone(),
+            ended: Arc::clone(ended),
+        };
+        vm.start_threads(parts.vcpus)?;
+        Ok(vm)
+    }
+
+    fn start_threads(&mut self, fds: Vec<VcpuFd>) -> Result<(), VmError> {
+        let life = self.life;
+        self.vcpus = fds
+            .into_iter()
+            .zip(0u8..)
+            .map(|(fd, id)| {
+                let ended = Arc::clone(&self.ended);
+                Vcpu::start(id, fd, Arc::clone(&self.bus), move |id, end| ended(life, id, end))
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(())
+    }
+
+    /// Whether it can be restarted: it was booted here, and so its kernel is known.
+    #[must_use]
+    pub fn can_restart(&self) -> bool {
+        self.source.is_some()
+    }
+
+    /// How often it was restarted. What an [`Ended`] of an earlier life says is old.
+    #[must_use]
+    pub fn life(&self) -> u64 {
+        self.life
+    }
+
+    /// What a PC does at a reset: all memory zero, all devices as new, the same kernel at its first instruction. KVM's
+    /// VM is a new one; the memory, the bus and the virtio devices are the same objects. It does not run yet.
+    ///
+    /// Every page that was ever written is dirty afterwards: a delta on an earlier checkpoint says that it is zero.
+    ///
+    /// # Errors
+    /// [`VmError`]: the machine is then of no use.
+    pub fn restart(&mut self) -> Result<(), VmError> {
+        let source = self.source.clone().ok_or(VmError::NoKernel)?;
+        // The threads end here, and with them the only users of what is replaced below.
+        self.vcpus.clear();
+        self.running = false;
+        for device in &self.attached {
+            device.device.reset();
+        }
+        let refused = |call| move |source| VmError::Clear { call, source };
+        let written = self.ram.populated().map_err(refused("lseek"))?;
+        self.ram.clear().map_err(refused("fallocate"))?;
+        self.dirty.put_back(written.into_iter().flatten());
+        let entry = boot::load(&self.ram, &source, self.config.vcpus, &slots_of(&self.attached))?;
+        let parts = Parts::new(self.config.vcpus)?;
+        set_slots(&parts.fd, &self.ram, self.logging)?;
+        parts.at_entry(self.config, entry)?;
+        *self.bus.serial() = SerialPort::new(parts.serial_interrupt()?, self.outbox.writer());
+        *self.bus.i8042() = I8042::default();
+        // The CMOS clock has a battery. The old VM goes before its devices' eventfds are tied to the new one: an
+        // eventfd belongs to one VM.
+        self.fd = parts.fd;
+        for device in &self.attached {
+            tie(&self.fd, device)?;
+        }
+        self.life += 1;
+        self.start_threads(parts.vcpus)
     }
 
     /// A machine with a saved state, whose memory `load` fills. It does not run yet.
@@ -346,6 +327,7 @@ impl Vm {
     /// [`VmError`], before anything has run.
     pub fn restore(
         saved: &MachineState,
+        policy: ClockPolicy,
         load: impl FnOnce(&GuestRam) -> Result<(), BoxedError>,
         attach: Attach<'_>,
         outbox: &Outbox,
@@ -376,17 +358,13 @@ impl Vm {
         // After the vCPUs: the IOAPIC looks at their local APICs.
         let vm = |ioctl: &'static str| KvmError::ioctl(ioctl, "the VM");
         parts.fd.set_pit2(&saved.pit).map_err(vm("KVM_SET_PIT2"))?;
-        // Trap 7: the flags GET_CLOCK reported are not to be given back; without them the clock goes on from where
-        // it stood (the `frozen` policy).
-        let clock = kvm_clock_data {
-            clock: saved.clock.clock,
-            ..Default::default()
-        };
-        parts.fd.set_clock(&clock).map_err(vm("KVM_SET_CLOCK"))?;
         for chip in &saved.irqchips {
             parts.fd.set_irqchip(chip).map_err(vm("KVM_SET_IRQCHIP"))?;
         }
         load(&ram).map_err(VmError::Load)?;
+        // After the memory, which may take its time: none of it is the guest's.
+        let start = SavedClock::of(saved, policy);
+        start.restore(&parts.fd, parts.vcpus.iter(), parts.clock)?;
         // Devices last: an interrupt they raise must find the chips in place and not be overwritten.
         let serial = SerialPort::from_state(&saved.serial, parts.serial_interrupt()?, outbox.writer())?;
         let bus = Bus::new(
@@ -395,7 +373,9 @@ impl Vm {
             Rtc::from_state(&saved.rtc)?,
         );
         let attached = attach(&ram).map_err(VmError::Attach)?;
-        parts.into_vm(saved.config, ram, bus, attached, ended)
+        let mut vm = Self::assemble(parts, saved.config, ram, bus, attached, (outbox, ended))?;
+        vm.start_clock = start.to_begin_with();
+        Ok(vm)
     }
 
     /// Its size.
@@ -502,65 +482,5 @@ impl Vm {
     /// Gives pages back to the dirty set.
     pub fn put_back(&mut self, pages: impl Iterator<Item = u64>) {
         self.dirty.put_back(pages);
-    }
-}
-
-/// A machine that stands still. Dropped, it stays so.
-#[must_use = "dropped, the guest stays stopped"]
-#[derive(Debug)]
-pub struct Paused<'vm>(&'vm mut Vm);
-
-impl Paused<'_> {
-    /// Reads everything but the memory.
-    ///
-    /// # Errors
-    /// [`VmError::Kvm`] naming the ioctl.
-    pub fn save(&self) -> Result<MachineState, VmError> {
-        let vm = &self.0;
-        let on = |ioctl: &'static str| KvmError::ioctl(ioctl, "the VM");
-        // Devices first: what they still have to do may raise an interrupt, which must be in KVM's state below.
-        let serial = vm.bus.serial().state();
-        let i8042 = vm.bus.i8042().state();
-        let rtc = vm.bus.rtc().state();
-        let virtio = vm.attached.iter().map(|a| a.device.state()).collect();
-        let vcpus = vm
-            .vcpus
-            .iter()
-            .zip(0u8..)
-            .map(|(vcpu, id)| state::save(&vcpu.fd(), id, &vm.msr_list, vm.xsave_bytes))
-            .collect::<Result<Vec<_>, _>>()?;
-        let pit = vm.fd.get_pit2().map_err(on("KVM_GET_PIT2"))?;
-        let clock = vm.fd.get_clock().map_err(on("KVM_GET_CLOCK"))?;
-        let mut irqchips = [kvm_irqchip::default(); 3];
-        let ids = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
-        for (chip, id) in irqchips.iter_mut().zip(ids) {
-            chip.chip_id = id;
-            vm.fd.get_irqchip(chip).map_err(on("KVM_GET_IRQCHIP"))?;
-        }
-        Ok(MachineState {
-            config: vm.config,
-            vcpus,
-            pit,
-            clock,
-            irqchips,
-            serial,
-            i8042,
-            rtc,
-            virtio,
-        })
-    }
-
-    /// The machine, standing still as long as the guard is held.
-    pub fn vm(&mut self) -> &mut Vm {
-        self.0
-    }
-
-    /// Lets the guest go on.
-    pub fn resume(self) {
-        for vcpu in &self.0.vcpus {
-            // As at the save: the guest's watchdog is not to count the time it stood still.
-            let _ = vcpu.fd().kvmclock_ctrl();
-        }
-        self.0.run();
     }
 }

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use common::{Guests, counter, small, wait_for};
 use migrate::protect::CheckpointRequest;
+use vmm::clock::ClockPolicy;
+use vmm::cpuid::baseline::CpuModel;
 use vmm::session::{RestoreFrom, Session, SessionConfig};
 use vmm::vm::MachineConfig;
 
@@ -90,9 +92,13 @@ async fn twenty_restores_in_a_row_each_from_a_checkpoint_of_the_one_before() {
             }
         );
         stop(session).await;
-        session = Session::restore(config("chain", store.path()), from_store(store.path()))
-            .await
-            .unwrap();
+        session = Session::restore(
+            config("chain", store.path()),
+            from_store(store.path()),
+            ClockPolicy::CatchUp,
+        )
+        .await
+        .unwrap();
         assert_eq!(session.status().restored_from.unwrap(), report.name);
         assert_eq!(
             session.generation().0,
@@ -128,9 +134,13 @@ async fn a_checkpoint_can_be_restored_any_number_of_times() {
     assert_eq!(files.len(), 2);
     for copy in ["clone-a", "clone-b"] {
         let own = tempfile::tempdir().unwrap();
-        let clone = Session::restore(config(copy, own.path()), RestoreFrom::Files(files.clone()))
-            .await
-            .unwrap();
+        let clone = Session::restore(
+            config(copy, own.path()),
+            RestoreFrom::Files(files.clone()),
+            ClockPolicy::CatchUp,
+        )
+        .await
+        .unwrap();
         clone.resume().await.unwrap();
         tokio::task::block_in_place(|| work(&clone, 100));
         // Not of the same VM: its first checkpoint stands by itself.
@@ -153,6 +163,7 @@ async fn memory_on_both_sides_of_the_hole_is_kept() {
     let machine = MachineConfig {
         memory_bytes: 4 << 30,
         vcpus: 1,
+        cpu: CpuModel::Host,
     };
     let source = guests.source("churn", "mib=3300 fill=0 rate=20000 heartbeat_ms=50 mix=0:90:10");
     let session = Session::boot(config("large", store.path()), machine, &source)
@@ -164,9 +175,13 @@ async fn memory_on_both_sides_of_the_hole_is_kept() {
     tokio::task::block_in_place(|| work(&session, 20_000));
     let taken = session.checkpoint(CheckpointRequest::default()).await.unwrap();
     stop(session).await;
-    let session = Session::restore(config("large", store.path()), from_store(store.path()))
-        .await
-        .unwrap();
+    let session = Session::restore(
+        config("large", store.path()),
+        from_store(store.path()),
+        ClockPolicy::CatchUp,
+    )
+    .await
+    .unwrap();
     assert_eq!(session.status().restored_from.unwrap(), taken.name);
     session.resume().await.unwrap();
     tokio::task::block_in_place(|| work(&session, 40_000));
@@ -214,7 +229,7 @@ async fn a_checkpoint_that_cannot_be_stored_loses_nothing() {
         }
     };
     stop(session).await;
-    let session = Session::restore(small_store, from_store(store.path()))
+    let session = Session::restore(small_store, from_store(store.path()), ClockPolicy::CatchUp)
         .await
         .unwrap();
     assert_eq!(session.status().restored_from.unwrap(), tip);
@@ -227,9 +242,13 @@ async fn a_checkpoint_that_cannot_be_stored_loses_nothing() {
 async fn what_cannot_be_restored_says_so() {
     let guests = Guests::new();
     let store = tempfile::tempdir().unwrap();
-    let nothing = Session::restore(config("ghost", store.path()), from_store(store.path()))
-        .await
-        .unwrap_err();
+    let nothing = Session::restore(
+        config("ghost", store.path()),
+        from_store(store.path()),
+        ClockPolicy::CatchUp,
+    )
+    .await
+    .unwrap_err();
     assert!(vmm::session::chain(&nothing).contains("ghost"));
     let source = guests.source("ticker", "period_ms=5");
     let session = Session::boot(config("ghost", store.path()), small(32), &source)
@@ -248,7 +267,7 @@ async fn what_cannot_be_restored_says_so() {
     // Without the full one.
     let own = tempfile::tempdir().unwrap();
     let cut = RestoreFrom::Files(files[1..].to_vec());
-    let error = Session::restore(config("copy", own.path()), cut)
+    let error = Session::restore(config("copy", own.path()), cut, ClockPolicy::CatchUp)
         .await
         .unwrap_err();
     assert!(

@@ -13,6 +13,7 @@ use tempfile::TempDir;
 use tokio::runtime::Handle;
 use vmm::boot::BootSource;
 use vmm::control::VmHandle;
+use vmm::cpuid::baseline::CpuModel;
 use vmm::replica::VmSource;
 use vmm::vm::{MachineConfig, Vm, no_devices};
 
@@ -36,6 +37,7 @@ pub(crate) fn machine(memory_mib: u64) -> MachineConfig {
     MachineConfig {
         memory_bytes: memory_mib << 20,
         vcpus: 1,
+        cpu: CpuModel::Host,
     }
 }
 

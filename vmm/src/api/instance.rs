@@ -18,6 +18,7 @@ use segment::{Generation, VmId};
 use tokio::sync::watch;
 
 use super::fault::Fault;
+use crate::clock::ClockPolicy;
 use crate::config::{LoggerConfig, VmConfig};
 use crate::session::{RestoreFrom, Session, SessionConfig};
 
@@ -75,8 +76,8 @@ impl std::fmt::Debug for Instance {
 pub enum Origin {
     /// The configuration's kernel.
     Boot,
-    /// A checkpoint.
-    Restore(RestoreFrom),
+    /// A checkpoint, and what the guest's clocks do about the time since.
+    Restore(RestoreFrom, ClockPolicy),
 }
 
 impl Instance {
@@ -228,12 +229,13 @@ impl Instance {
                 let source = config.boot()?;
                 Session::boot(session_config, config.machine_config.machine(), &source).await?
             }
-            Origin::Restore(from) => {
-                let session = Session::restore(session_config, from).await?;
+            Origin::Restore(from, clock) => {
+                let session = Session::restore(session_config, from, clock).await?;
                 let machine = session.vm().config();
                 self.reconfigure(|config| {
                     config.machine_config.vcpu_count = machine.vcpus;
                     config.machine_config.mem_size_mib = machine.memory_bytes >> 20;
+                    config.machine_config.cpu = Some(machine.cpu.to_string());
                 });
                 session
             }

@@ -11,8 +11,9 @@ use super::logging::Log;
 use super::options::{Keeping, Manner, RunDir, absolute};
 use super::{CliError, Outcome, on_runtime};
 use crate::api::instance::{Identity, Origin};
+use crate::clock::ClockPolicy;
 use crate::config::VmConfig;
-use crate::session::{RestoreFrom, SessionError};
+use crate::session::{RestoreFrom, Session, SessionConfig, SessionError};
 
 /// Runs a VM from a checkpoint: from a store (of a VM or of an agent), or from segment files.
 #[derive(Debug, Args)]
@@ -22,7 +23,8 @@ use crate::session::{RestoreFrom, SessionError};
                         on.\nExamples:\n  vmm restore --name web                      # its newest checkpoint here\n  \
                         vmm restore web/1/42 --name web             # that one\n  \
                         vmm restore --from /data/store web --name copy --store /tmp/copy\n  \
-                        vmm restore --name web full.seg delta.seg   # a chain of files"
+                        vmm restore --name web full.seg delta.seg   # a chain of files\n  \
+                        vmm restore --check full.seg                # can this host run it?"
 )]
 pub(super) struct Restore {
     /// Folder of the store to take the checkpoint from [default: the VM's own]
@@ -50,6 +52,12 @@ pub(super) struct Restore {
     /// Say with one line of JSON on standard output that the VM runs, or why not, and nothing else there
     #[arg(long)]
     ready_stdout: bool,
+    /// What the guest's clocks do about the time since the checkpoint: catch-up (right for a failover) or frozen
+    #[arg(long, value_name = "POLICY", default_value = "catch-up")]
+    clock: ClockPolicy,
+    /// Only say whether this host can run it: what is missing, one a line. Nothing is made or run
+    #[arg(long, conflicts_with_all = ["paused", "ready_stdout", "api_sock", "detach"])]
+    check: bool,
     /// Leave it paused
     #[arg(long)]
     paused: bool,
@@ -65,6 +73,9 @@ struct Wanted {
 
 impl Restore {
     pub(super) fn run(self) -> Result<Outcome, CliError> {
+        if self.check {
+            return self.check();
+        }
         if self.manner.detach && !self.manner.detached_child {
             self.host()?;
             return super::detach::detach();
@@ -78,6 +89,32 @@ impl Restore {
         .map_err(CliError::Said)?;
         let result = self.host().and_then(|host| on_runtime(host.run(&log)));
         result.or_else(|error| host::tell_failure(audience, error))
+    }
+
+    /// `--check`.
+    fn check(&self) -> Result<Outcome, CliError> {
+        let mut config = VmConfig::default();
+        self.keeping.apply(&mut config)?;
+        let Wanted { name, from } = self.wanted(&config)?;
+        let session = SessionConfig {
+            store: self.keeping.store(&name, &config),
+            name,
+            store_budget: None,
+            protection: None,
+            generation: None,
+        };
+        let (checkpoint, lacks) = Session::preflight(&session, &from)?;
+        for lack in &lacks {
+            println!("missing: {lack}");
+        }
+        if lacks.is_empty() {
+            println!("this host can run {checkpoint}");
+            return Ok(Outcome::Done);
+        }
+        Err(CliError::Said(format!(
+            "this host cannot run {checkpoint}: {} of what it needs are missing, as listed",
+            lacks.len()
+        )))
     }
 
     fn audience(&self) -> Audience {
@@ -109,7 +146,7 @@ impl Restore {
                 name,
             },
             config,
-            start: Some((Origin::Restore(from), !self.paused)),
+            start: Some((Origin::Restore(from, self.clock), !self.paused)),
             run_dir,
             api_sock: self.api_sock.as_deref().map(absolute),
             console_log,

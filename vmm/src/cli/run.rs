@@ -11,6 +11,7 @@ use super::options::{Keeping, Manner, RunDir, absolute};
 use super::{CliError, Outcome, on_runtime, size};
 use crate::api::instance::{Identity, Origin};
 use crate::config::{BootSourceConfig, VmConfig};
+use crate::cpuid::baseline::CpuModel;
 
 /// Runs a new VM. In the foreground its console is on standard input and output: on a terminal, Ctrl-A x ends the
 /// VM and Ctrl-A Ctrl-A is one Ctrl-A for the guest.
@@ -18,15 +19,15 @@ use crate::config::{BootSourceConfig, VmConfig};
 #[command(
     after_help = "On a terminal, Ctrl-A x ends the VM and Ctrl-A Ctrl-A is one Ctrl-A for the \
                         guest.\nExit status: 0 the guest ended or was stopped, 1 an error, 3 fenced, 4 the guest cannot go \
-                        on.\nExamples:\n  vmm run --name web --kernel vmlinux --memory 512M --cpus 2\n  \
-                        vmm run --name web --kernel vmlinux --protect-to 10.0.0.2:7000,10.0.0.3:7000 --detach\n  \
+                        on.\nExamples:\n  vmm run --name web --kernel vmlinuz --memory 512M --cpus 2\n  \
+                        vmm run --name web --kernel vmlinuz --protect-to 10.0.0.2:7000,10.0.0.3:7000 --detach\n  \
                         vmm run --api-sock /tmp/vm.sock    # waits for Firecracker-style requests"
 )]
 pub(super) struct Run {
     /// The VM's id: 1 to 64 of a-z, 0-9, '.', '_' and '-'
     #[arg(long, alias = "id")]
     name: Option<String>,
-    /// ELF64 kernel with a PVH entry note
+    /// Linux bzImage (a distribution's `vmlinuz`), or ELF64 kernel with a PVH entry note
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// Initial RAM disk
@@ -41,6 +42,9 @@ pub(super) struct Run {
     /// Number of vCPUs [default: 1]
     #[arg(long, value_name = "N")]
     cpus: Option<u8>,
+    /// The CPU the guest sees: host, or baseline:x86-64-v2, -v3 or -v4, which unlike hosts can share [default: host]
+    #[arg(long, value_name = "MODEL", value_parser = cpu_model)]
+    cpu: Option<CpuModel>,
     /// Configuration in the JSON of Firecracker's file; options given here go before it
     #[arg(long, alias = "config-file", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -159,9 +163,16 @@ impl Run {
             None => {}
         }
         config.machine_config.mem_size_mib = self.memory.unwrap_or(config.machine_config.mem_size_mib);
+        if let Some(cpu) = self.cpu {
+            config.machine_config.cpu = Some(cpu.to_string());
+        }
         config.machine_config.vcpu_count = self.cpus.unwrap_or(config.machine_config.vcpu_count);
         self.keeping.apply(&mut config)?;
         config.validate()?;
         Ok(config)
     }
+}
+
+fn cpu_model(name: &str) -> Result<CpuModel, String> {
+    name.parse()
 }

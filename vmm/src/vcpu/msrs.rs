@@ -54,6 +54,13 @@ const KEPT: &[(u32, u32, &str)] = &[
     (0xc001_1029, 0xc001_1029, "DE_CFG"),
 ];
 
+/// What an MSR is, or the group it is of, if it is one that is saved.
+pub(crate) fn name(index: u32) -> Option<&'static str> {
+    KEPT.iter()
+        .find(|(first, last, _)| (*first..=*last).contains(&index))
+        .map(|(_, _, name)| *name)
+}
+
 fn kept(index: u32) -> bool {
     KEPT.iter()
         .any(|(first, last, _)| (*first..=*last).contains(&index))
@@ -126,29 +133,65 @@ pub fn get(vcpu: &VcpuFd, id: u8, indices: &[u32]) -> Result<Vec<kvm_msr_entry>,
     Ok(saved)
 }
 
-/// Writes saved MSRs, the TSC before the deadline (trap 4): a deadline is compared with the TSC as it is written,
-/// so one written first would fire at once or never.
+/// Writes saved MSRs, all but the TSC deadline.
 ///
 /// # Errors
 /// [`KvmError::Msr`] naming the first that KVM refused, with its value.
 pub fn set(vcpu: &VcpuFd, id: u8, saved: &[kvm_msr_entry]) -> Result<(), KvmError> {
-    let (deadline, rest): (Vec<_>, Vec<_>) = saved.iter().copied().partition(|m| m.index == TSC_DEADLINE);
-    for group in [rest, deadline] {
-        for chunk in group.chunks(CHUNK) {
-            let count = vcpu
-                .set_msrs(&fam(chunk)?)
-                .map_err(KvmError::ioctl("KVM_SET_MSRS", format!("vCPU {id}")))?;
-            if let Some(refused) = chunk.get(count) {
-                return Err(KvmError::Msr {
-                    ioctl: "KVM_SET_MSRS",
-                    index: refused.index,
-                    vcpu: id,
-                    value: format!(" = {:#x}", refused.data),
-                });
-            }
+    let rest: Vec<_> = saved
+        .iter()
+        .copied()
+        .filter(|m| m.index != TSC_DEADLINE)
+        .collect();
+    write(vcpu, id, &rest)
+}
+
+/// Writes the saved TSC deadline, after the TSC has got its final value (trap 4): a deadline is compared with the TSC
+/// as it is written, so one written first would fire at once or never. One that has passed while the clocks caught
+/// up fires now.
+///
+/// # Errors
+/// [`KvmError::Msr`].
+pub fn set_deadline(vcpu: &VcpuFd, id: u8, saved: &[kvm_msr_entry]) -> Result<(), KvmError> {
+    let deadline: Vec<_> = saved
+        .iter()
+        .copied()
+        .filter(|m| m.index == TSC_DEADLINE)
+        .collect();
+    write(vcpu, id, &deadline)
+}
+
+fn write(vcpu: &VcpuFd, id: u8, entries: &[kvm_msr_entry]) -> Result<(), KvmError> {
+    for chunk in entries.chunks(CHUNK) {
+        let count = vcpu
+            .set_msrs(&fam(chunk)?)
+            .map_err(KvmError::ioctl("KVM_SET_MSRS", format!("vCPU {id}")))?;
+        if let Some(refused) = chunk.get(count) {
+            return Err(KvmError::Msr {
+                ioctl: "KVM_SET_MSRS",
+                index: refused.index,
+                vcpu: id,
+                value: format!(" = {:#x}", refused.data),
+            });
         }
     }
     Ok(())
+}
+
+/// The indices of `saved` that this host's KVM does not let be set to their saved values, on a vCPU that has the
+/// saved CPUID. The TSC and its deadline are left out.
+pub(crate) fn refused(vcpu: &VcpuFd, saved: &[kvm_msr_entry]) -> Vec<u32> {
+    saved
+        .iter()
+        .filter(|msr| !matches!(msr.index, TSC | TSC_DEADLINE))
+        .filter(|msr| {
+            !matches!(
+                fam(std::slice::from_ref(*msr)).map(|one| vcpu.set_msrs(&one)),
+                Ok(Ok(1))
+            )
+        })
+        .map(|msr| msr.index)
+        .collect()
 }
 
 fn fam(entries: &[kvm_msr_entry]) -> Result<Msrs, KvmError> {

@@ -161,8 +161,8 @@ fn arm_lost_deadline(msrs: &mut [kvm_msr_entry], lapic: &kvm_lapic_state) {
     }
 }
 
-/// Gives a saved state to a fresh vCPU of a VM whose memory slots are set. `scales_tsc`: the host has
-/// `KVM_CAP_TSC_CONTROL`.
+/// Gives a saved state, all but the TSC deadline, to a fresh vCPU of a VM whose memory slots are set. `scales_tsc`:
+/// the host has `KVM_CAP_TSC_CONTROL`.
 ///
 /// # Errors
 /// [`RestoreError`]: the vCPU is then of no use and must be dropped.
@@ -209,24 +209,45 @@ pub fn restore(
 /// The TSC's speed, in parts per million, below which a difference is within what NTP corrects (KVM's own bound).
 const TSC_TOLERANCE_PPM: u64 = 250;
 
+/// How a guest's TSC can run at its speed here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TscFit {
+    /// The host's is the same.
+    Same,
+    /// The host scales its own.
+    Scaled,
+    /// Not at all.
+    Impossible,
+}
+
+/// Asked for a higher frequency it cannot scale to, KVM says yes and lets the TSC jump to catch up at each exit:
+/// whether it scales is asked for, not tried.
+pub(crate) fn tsc_fit(saved_khz: u32, host_khz: u32, scales: bool) -> TscFit {
+    let tolerance = u64::from(host_khz) * TSC_TOLERANCE_PPM / 1_000_000;
+    if u64::from(host_khz.abs_diff(saved_khz)) <= tolerance {
+        TscFit::Same
+    } else if scales {
+        TscFit::Scaled
+    } else {
+        TscFit::Impossible
+    }
+}
+
 fn restore_tsc_khz(vcpu: &VcpuFd, id: u8, saved: u32, scales: bool) -> Result<(), RestoreError> {
     let host = vcpu
         .get_tsc_khz()
         .map_err(KvmError::ioctl("KVM_GET_TSC_KHZ", format!("vCPU {id}")))?;
-    let tolerance = u64::from(host) * TSC_TOLERANCE_PPM / 1_000_000;
-    if u64::from(host.abs_diff(saved)) <= tolerance {
-        return Ok(());
+    match tsc_fit(saved, host, scales) {
+        TscFit::Same => Ok(()),
+        TscFit::Scaled => vcpu
+            .set_tsc_khz(saved)
+            .map_err(|_| RestoreError::Tsc { saved, host }),
+        TscFit::Impossible => Err(RestoreError::Tsc { saved, host }),
     }
-    // Asked for a higher frequency it cannot scale to, KVM says yes and lets the TSC jump to catch up at each exit.
-    if !scales {
-        return Err(RestoreError::Tsc { saved, host });
-    }
-    vcpu.set_tsc_khz(saved)
-        .map_err(|_| RestoreError::Tsc { saved, host })
 }
 
 /// A saved XSAVE area in the size this host's KVM reads: padded with zeros, or cut where only zeros are cut.
-fn fit_xsave(saved: &[u8], bytes: usize) -> Result<Vec<u8>, RestoreError> {
+pub(crate) fn fit_xsave(saved: &[u8], bytes: usize) -> Result<Vec<u8>, RestoreError> {
     let refused = RestoreError::Xsave {
         saved: saved.len(),
         host: bytes,

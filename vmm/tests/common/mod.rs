@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use vmm::boot::BootSource;
+use vmm::cpuid::baseline::CpuModel;
 use vmm::outbox::Outbox;
 use vmm::vm::MachineConfig;
 
@@ -57,6 +58,7 @@ pub(crate) fn small(mib: u64) -> MachineConfig {
     MachineConfig {
         memory_bytes: mib << 20,
         vcpus: 1,
+        cpu: CpuModel::Host,
     }
 }
 

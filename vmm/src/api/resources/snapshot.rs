@@ -19,6 +19,7 @@ use utoipa::ToSchema;
 
 use crate::api::fault::{Body, Fault, FaultMessage};
 use crate::api::instance::{Instance, Origin, unhurried};
+use crate::clock::ClockPolicy;
 use crate::session::{CheckpointReport, RestoreFrom, Session, chain};
 
 type App = State<Arc<Instance>>;
@@ -98,6 +99,9 @@ pub struct LoadSnapshot {
     /// Let the VM run at once.
     #[serde(default)]
     pub resume_vm: bool,
+    /// What the guest's clocks do about the time since the snapshot: `catch-up` (when left out) or `frozen`.
+    #[serde(default)]
+    pub clock: ClockPolicy,
     /// Only empty.
     #[serde(default)]
     #[schema(value_type = Vec<Object>)]
@@ -202,10 +206,10 @@ pub(in crate::api) async fn load(State(app): App, Body(request): Body<LoadSnapsh
         ));
     }
     let path = request.snapshot_path.clone();
-    let resume = request.resume_vm;
+    let (resume, clock) = (request.resume_vm, request.clock);
     let checked = tokio::task::spawn_blocking(move || check_load(&request)).await;
     checked.map_err(|error| Fault::bad(format!("look at the snapshot: {error}")))??;
-    app.start(Origin::Restore(RestoreFrom::Files(vec![path])), resume)
+    app.start(Origin::Restore(RestoreFrom::Files(vec![path]), clock), resume)
         .await?;
     Ok(StatusCode::NO_CONTENT)
 }
