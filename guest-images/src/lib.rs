@@ -9,8 +9,8 @@
 //! entry point that their PVH note names, with `hvm_start_info` in EBX. They talk over the serial port at 0x3f8.
 //! Command lines and output are documented in `guests/cmdline.rs`, `guests/ticker.rs` and `guests/churn.rs`.
 //!
-//! What they expect of a monitor beyond that is little: port 0x64 with value 0xfe ends the guest, and a 32-bit
-//! write of microseconds to port 0x0d80 lets its vCPU sleep that long at most (a monitor without it only pays
+//! What they expect of a monitor beyond that is little: 0x34 to port 0x600 (ACPI's "off"), or else 0xfe to port 0x64 (a
+//! reset), ends the guest, and a 32-bit write of microseconds to port 0x0d80 lets its vCPU sleep that long at most (a monitor without it only pays
 //! with a busy vCPU). Offering CPUID leaf 0x40000010 saves them 12 ms of measuring the TSC.
 //!
 //! They run their work at privilege level 3, so that they are fast also on a host whose KVM has neither VMX nor

@@ -161,7 +161,7 @@ impl SavedClock {
 
     /// What is still to be done when the guest first runs: a frozen clock goes back to where it stood, for until then
     /// it has gone on. One that catches up is right already.
-    pub(crate) fn to_begin_with(self) -> Option<Self> {
+    pub(crate) fn until_first_run(self) -> Option<Self> {
         (self.policy == ClockPolicy::Frozen).then_some(self)
     }
 
@@ -191,6 +191,12 @@ impl SavedClock {
             for ((vcpu, own), id) in vcpus.clone().zip(&self.vcpus).zip(0u8..) {
                 let apart = own.tsc.unwrap_or(tsc).wrapping_sub(tsc);
                 set_tsc(vcpu, id, offset, wanted, apart)?;
+            }
+            if offset.is_some_and(|offset| kvm::tsc_offset(first) != Some(offset)) {
+                tracing::warn!(
+                    "this host's KVM does not move the guest's TSC: a guest on clocksource=tsc is as far behind as \
+                     it was stopped"
+                );
             }
         }
         for ((vcpu, saved), id) in vcpus.zip(&self.vcpus).zip(0u8..) {

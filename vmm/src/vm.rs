@@ -374,7 +374,7 @@ impl Vm {
         );
         let attached = attach(&ram).map_err(VmError::Attach)?;
         let mut vm = Self::assemble(parts, saved.config, ram, bus, attached, (outbox, ended))?;
-        vm.start_clock = start.to_begin_with();
+        vm.start_clock = start.until_first_run();
         Ok(vm)
     }
 

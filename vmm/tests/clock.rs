@@ -18,6 +18,11 @@ fn tsc(state: &MachineState, vcpu: usize) -> u64 {
     msrs.iter().find(|msr| msr.index == TSC).unwrap().data
 }
 
+fn has_tsc_offsets() -> bool {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    text.split_whitespace().any(|flag| matches!(flag, "vmx" | "svm"))
+}
+
 fn restore(state: &MachineState, policy: ClockPolicy) -> MachineState {
     let ended: Ended = Arc::new(|_, _, _| {});
     let mut vm = Vm::restore(state, policy, |_| Ok(()), &no_devices, &Outbox::default(), &ended).unwrap();
@@ -55,7 +60,8 @@ fn kvmclock_and_every_tsc_move_by_the_same_time() {
             (gap..gap + GAP_NS / 2).contains(&moved_ns),
             "{policy:?}: kvmclock moved {moved_ns} ns"
         );
-        for vcpu in 0..4 {
+        // Without VMX or SVM a guest reads the host's own TSC, whatever its offset says; `tests/linux.rs` is for those.
+        for vcpu in (0..4).filter(|_| has_tsc_offsets()) {
             let cycles = tsc(&after, vcpu) - tsc(&before, vcpu);
             let tsc_ns = u128::from(cycles) * 1_000_000 / u128::from(khz);
             let apart = u64::try_from(tsc_ns).unwrap().abs_diff(moved_ns);

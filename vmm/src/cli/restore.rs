@@ -12,7 +12,7 @@ use super::options::{Keeping, Manner, RunDir, absolute};
 use super::{CliError, Outcome, on_runtime};
 use crate::api::instance::{Identity, Origin};
 use crate::clock::ClockPolicy;
-use crate::config::VmConfig;
+use crate::config::{CheckpointConfig, VmConfig};
 use crate::session::{RestoreFrom, Session, SessionConfig, SessionError};
 
 /// Runs a VM from a checkpoint: from a store (of a VM or of an agent), or from segment files.
@@ -102,6 +102,7 @@ impl Restore {
             store_budget: None,
             protection: None,
             generation: None,
+            checkpoints: CheckpointConfig::default(),
         };
         let (checkpoint, lacks) = Session::preflight(&session, &from)?;
         for lack in &lacks {

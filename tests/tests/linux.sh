@@ -1,0 +1,105 @@
+# What tests/linux.rs does in the emulated host: sh linux.sh KERNEL INITRAMFS
+set -u
+kernel=$1 initrd=$2
+runs=/run/understudy
+
+fail() {
+    echo "FAILED: $*"
+    for log in "$runs"/*/console.log "$runs"/*/vmm.log; do echo "--- $log"; tail -n 40 "$log"; done
+    exit 1
+}
+
+# wait_for NAME PATTERN [COUNT]: until the guest's console has so many lines with it.
+wait_for() {
+    tries=0
+    until [ "$(grep -c "$2" "$runs/$1/console.log" 2>/dev/null)" -ge "${3:-1}" ]; do
+        tries=$((tries + 1))
+        [ $tries -lt 300 ] || fail "$1 did not say: $2"
+        sleep 0.5
+    done
+}
+
+# type_in NAME TEXT: a line on the guest's console.
+type_in() {
+    printf '%s\n' "$2" | timeout 3 vmm console "$1" >/dev/null 2>&1
+}
+
+# said NAME KEY: the value of the newest line KEY=value of the guest.
+said() {
+    sed -n "s/^$2=\([0-9]*\).*/\1/p" "$runs/$1/console.log" | tail -n 1
+}
+
+# The guest says its time, whether each of its processors still works, and whether its kernel has complained.
+beat='n=0; while :; do n=$((n+1)); for c in 1 2 4 8; do taskset $c true || echo BAD processor $c; done; echo wall=$(date +%s); echo up=$(cut -d. -f1 /proc/uptime); dmesg | grep -E "BUG|lockup|rcu.*stall" && echo BAD kernel; echo beat=$n; usleep 200000; done'
+line='console=ttyS0 quiet tsc=reliable panic=-1 us.run=shell'
+
+# Four vCPUs; checkpoints while they are started, each a delta on the one before.
+vmm run --name web --kernel "$kernel" --initrd "$initrd" --cmdline "$line" --memory 256M --cpus 4 --detach || fail "it does not run"
+taken=0
+until grep -q 'us: up' "$runs/web/console.log"; do
+    vmm checkpoint web >/dev/null || fail "checkpoint while it boots"
+    taken=$((taken + 1))
+    [ $taken -lt 600 ] || fail "it does not boot"
+done
+grep -q 'us: up.*cpus=4' "$runs/web/console.log" || fail "it has not four processors"
+echo "booted, $taken checkpoints on the way"
+
+# It restarts at its own wish, in the same process.
+wait_for web '/ #'
+type_in web 'reboot -f'
+wait_for web 'us: up.*cpus=4' 2
+echo "restarted"
+
+# checkpoint CLOCK BEATS: of the guest on that clock source, beating. Leaves its name in $checkpoint.
+source=/sys/devices/system/clocksource/clocksource0/current_clocksource
+checkpoint() {
+    type_in web "echo $1 > $source; echo source=\$(cat $source)"
+    wait_for web "^source=$1"
+    type_in web "$beat"
+    wait_for web '^beat=3' "$2"
+    checkpoint=$(vmm checkpoint web | cut -d: -f1)
+    [ -n "$checkpoint" ] || fail "checkpoint on clock source $1"
+    type_in web "$(printf '\003')"
+}
+wait_for web '/ #' 2
+checkpoint kvm-clock 1
+with_kvm=$checkpoint
+checkpoint tsc 2
+with_tsc=$checkpoint
+vmm stop web || fail "stop"
+store=/var/lib/understudy/vms/web
+
+# check NAME CHECKPOINT: it goes on elsewhere after a while, with the right time, which never goes back.
+check() {
+    vmm restore --check "$2" --from $store || fail "this host cannot run $2"
+    vmm restore --name "$1" "$2" --from $store --detach || fail "restore $2"
+    wait_for "$1" '^beat=' 4
+    host=$(date +%s)
+    type_in "$1" "$(printf '\003')"
+    behind=$((host - $(said "$1" wall)))
+    # The newest line is a little old; the checkpoint is much older.
+    [ $behind -ge -1 ] && [ $behind -lt 8 ] || fail "$2: the guest's time is $behind s behind the host's"
+    sed -n 's/^up=//p' "$runs/$1/console.log" | sort -n -c || fail "$2: the guest's time went back"
+    ! grep BAD "$runs/$1/console.log" || fail "$2: the guest complains"
+}
+sleep 12
+check kvm "$with_kvm"
+vmm stop kvm
+check tsc "$with_tsc"
+echo "restored on both clock sources"
+
+# It knows how to switch itself off.
+type_in tsc 'exit'
+tries=0
+while vmm ps | grep -q 'tsc .*running'; do
+    tries=$((tries + 1))
+    [ $tries -lt 120 ] || fail "it does not switch itself off"
+    sleep 0.5
+done
+vmm ps | grep -q 'tsc .*ended' || fail "it did not end well: $(vmm ps)"
+
+# A checkpoint from the middle of the boot boots on.
+vmm restore --name middle "web/1/$((taken / 2))" --from $store --detach || fail "restore from the middle of the boot"
+wait_for middle 'us: up.*cpus=4'
+vmm stop middle
+echo "all is well"
