@@ -83,6 +83,7 @@ fn the_demo_goes_as_it_says() {
         folder: Some(folder.path().join("demo")),
         json: json.clone(),
         epochs: 5,
+        slow: false,
     };
     let figures = demo::tell(&options).unwrap();
     assert_eq!(figures.bad_pages, 0);
