@@ -102,6 +102,7 @@ impl Restore {
             store_budget: None,
             protection: None,
             generation: None,
+            trust: self.keeping.trust.clone(),
             checkpoints: CheckpointConfig::default(),
         };
         let (checkpoint, lacks) = Session::preflight(&session, &from)?;
