@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::control::find;
 use super::options::RunDir;
-use super::{CliError, Outcome, looks_like_a_path, print, print_json, rundir, size};
+use super::{CliError, Outcome, frames, looks_like_a_path, picture, print, print_json, rundir, size};
 use crate::api::Client;
 use crate::api::client::ClientError;
 use crate::api::resources::machine::InstanceInfo;
@@ -30,6 +30,16 @@ pub(super) struct Inspect {
     /// A VM's name, a segment file, or a checkpoint's name
     #[arg(value_name = "VM|FILE|CHECKPOINT")]
     what: PathBuf,
+    /// More segment files of the same chain, in any order, for the picture
+    #[arg(value_name = "FILE")]
+    more: Vec<PathBuf>,
+    /// Write a picture of the guest's memory: what the checkpoint holds, and what each of its chain changed (of a
+    /// checkpoint in a store the whole chain, of files those that are named)
+    #[arg(long, value_name = "FILE.png")]
+    picture: Option<PathBuf>,
+    /// Each frame with its sizes
+    #[arg(long)]
+    frames: bool,
     /// The store a checkpoint's name is looked up in [default: its VM's own on this host]
     #[arg(long, value_name = "DIR")]
     store: Option<PathBuf>,
@@ -48,19 +58,32 @@ impl Inspect {
                 .store
                 .clone()
                 .unwrap_or_else(|| rundir::default_store(&name.vm));
-            let reader = FsStore::open_read_only(&dir)
-                .and_then(|store| store.open_segment(&name))
-                .map_err(SessionError::Store)?;
-            return self.segment(&self.what, &reader);
+            let store = FsStore::open_read_only(&dir).map_err(SessionError::Store)?;
+            let open = |name: &SegmentName| store.open_segment(name).map_err(SessionError::Store);
+            if self.picture.is_some() {
+                let chain = store.chain(&name).map_err(|source| SessionError::Chain {
+                    name: name.clone(),
+                    source: Box::new(source),
+                })?;
+                let links: Result<Vec<_>, _> = chain.iter().map(|entry| open(&entry.name)).collect();
+                self.draw(&links?)?;
+            }
+            return self.segment(&self.what, &open(&name)?);
         }
         if looks_like_a_path(self.what.as_os_str()) {
-            let file =
-                File::open(&self.what).map_err(CliError::io(format!("open the segment {:?}", self.what)))?;
-            let reader = SegmentReader::open(file).map_err(|source| CliError::Segment {
-                path: self.what.clone(),
-                source,
-            })?;
-            return self.segment(&self.what, &reader);
+            if self.picture.is_some() {
+                let files = std::iter::once(&self.what).chain(&self.more);
+                let mut links = files.map(|path| open_file(path)).collect::<Result<Vec<_>, _>>()?;
+                links.sort_by(|a, b| a.manifest().name.cmp(&b.manifest().name));
+                self.draw(&links)?;
+            }
+            return self.segment(&self.what, &open_file(&self.what)?);
+        }
+        if self.picture.is_some() || self.frames {
+            return Err(CliError::Said(format!(
+                "{text} is a VM: --picture and --frames are of a checkpoint, like `vmm inspect {text}/1/42 --picture \
+                 {text}.png`"
+            )));
         }
         self.vm(text).await
     }
@@ -81,6 +104,16 @@ impl Inspect {
         }
     }
 
+    /// Writes the picture of a chain, oldest first.
+    fn draw(&self, links: &[SegmentReader<File>]) -> Result<(), CliError> {
+        let Some(to) = &self.picture else { return Ok(()) };
+        let png = picture::png(links).map_err(|source| CliError::Picture {
+            what: self.what.clone(),
+            source,
+        })?;
+        std::fs::write(to, png).map_err(CliError::io(format!("write the picture {to:?}")))
+    }
+
     fn segment(&self, path: &Path, reader: &SegmentReader<File>) -> Result<Outcome, CliError> {
         let damaged = |source| CliError::Segment {
             path: path.to_owned(),
@@ -90,10 +123,29 @@ impl Inspect {
         let records = reader.records().map_err(damaged)?;
         let machine = state::from_records(&records).map_err(|error| chain(&error));
         if self.json {
-            return print_json(&segment_json(reader, &summary, &records, machine.as_ref()));
+            let mut shown = segment_json(reader, &summary, &records, machine.as_ref());
+            if self.frames {
+                shown["index"] = frames::json(reader);
+            }
+            return print_json(&shown);
         }
-        print(show_segment(reader, &summary, &records, machine.as_ref()).as_bytes())
+        let mut text = show_segment(reader, &summary, &records, machine.as_ref());
+        if self.frames {
+            text.push_str(&frames::show(reader));
+        }
+        if let Some(to) = &self.picture {
+            text.push_str(&format!("\nthe picture is in {}\n", to.display()));
+        }
+        print(text.as_bytes())
     }
+}
+
+fn open_file(path: &Path) -> Result<SegmentReader<File>, CliError> {
+    let file = File::open(path).map_err(CliError::io(format!("open the segment {path:?}")))?;
+    SegmentReader::open(file).map_err(|source| CliError::Segment {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Lines of `name  value`, the values below each other.

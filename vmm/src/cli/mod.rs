@@ -26,10 +26,12 @@ use rundir::PlaceError;
 mod attach;
 mod control;
 mod detach;
+mod frames;
 mod host;
 mod inspect;
 mod logging;
 mod options;
+mod picture;
 mod ps;
 mod restore;
 mod run;
@@ -115,6 +117,12 @@ enum CliError {
         path: PathBuf,
         #[source]
         source: FormatError,
+    },
+    #[error("make a picture of {what:?}")]
+    Picture {
+        what: PathBuf,
+        #[source]
+        source: picture::PictureError,
     },
     #[error("print the answer as JSON")]
     Json(#[from] serde_json::Error),

@@ -78,6 +78,18 @@ fn a_segment_is_shown_with_its_lineage_and_registers() {
         assert!(shown.contains(part), "{part:?} is not in {shown}");
     }
     let file = world.path("state/understudy/vms/web/segments/web/1/1.seg");
+    let picture = world.path("web.png");
+    let shown = world
+        .vmm(&[
+            "inspect",
+            "web/1/2",
+            "--frames",
+            "--picture",
+            picture.to_str().unwrap(),
+        ])
+        .ok();
+    assert!(shown.contains("FRAME") && shown.contains("web.png"), "{shown}");
+    assert!(std::fs::read(&picture).unwrap().starts_with(b"\x89PNG"));
     let json = world.vmm(&["inspect", file.to_str().unwrap(), "--json"]).ok();
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!(
