@@ -42,9 +42,6 @@ pub(crate) async fn agent(lab: &Lab, data: &Path) -> Result<Agent> {
         etcd: Default::default(),
         lease_ttl: migrate::agent::LEASE_TTL,
         housekeeping: Default::default(),
-        labels: Default::default(),
-        etcd: Default::default(),
-        lease_ttl: migrate::agent::LEASE_TTL,
     };
     Agent::start(config).await.context("start an agent")
 }
