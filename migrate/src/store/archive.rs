@@ -428,6 +428,9 @@ impl FsStore {
 }
 
 #[cfg(test)]
+pub(super) use tests::archive as archive_of;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::store::Durability;
@@ -554,5 +557,3 @@ mod tests {
         assert_eq!(store.newest_complete(&vm("web")).unwrap().name, newer);
     }
 }
-#[cfg(test)]
-pub(super) use tests::archive as archive_of;
