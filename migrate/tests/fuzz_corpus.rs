@@ -4,6 +4,7 @@
 //! A failure names the target, the seed and the input's file: run it again with `FUZZ_SEED=SEED`.
 #![allow(clippy::unwrap_used)] // A test that cannot read its corpus fails.
 
+#[allow(unreachable_pub)] // Another crate uses them too.
 #[path = "../../fuzz/src/targets.rs"]
 mod targets;
 
