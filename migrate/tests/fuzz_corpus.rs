@@ -236,7 +236,7 @@ fn write_the_first_corpus() {
     );
     let three = [
         link(0, &[base, far]),
-        link(0, &[change.clone()]),
+        link(0, std::slice::from_ref(&change)),
         link(0, &[whole]),
     ]
     .concat();
