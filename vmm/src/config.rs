@@ -8,6 +8,7 @@
 //! here, so that a configuration without it (`"drives": []`, `"vsock": null`) works and one that uses it is refused
 //! by name: what a guest was promised is never left out in silence.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -16,9 +17,14 @@ use utoipa::ToSchema;
 
 use crate::boot::BootSource;
 use crate::cpuid::baseline::CpuModel;
+use crate::devices::virtio::setup::DeviceConfig;
 use crate::memory::{MAX_MEMORY_BYTES, MIN_MEMORY_BYTES};
 use crate::session::Protection;
 use crate::vm::{MAX_VCPUS, MachineConfig};
+
+mod devices;
+
+pub use devices::{DriveConfig, EntropyConfig, NetworkConfig};
 
 /// The longest configuration file that is read.
 pub const MAX_CONFIG_BYTES: u64 = 1 << 20;
@@ -360,14 +366,15 @@ pub struct VmConfig {
     /// Where copies of it go.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protection: Option<Protection>,
-    /// Only empty.
+    /// Its disks.
     #[serde(default)]
-    #[schema(value_type = Vec<Object>)]
-    pub drives: Vec<Value>,
-    /// Only empty.
+    pub drives: Vec<DriveConfig>,
+    /// Its network cards.
     #[serde(default)]
-    #[schema(value_type = Vec<Object>)]
-    pub network_interfaces: Vec<Value>,
+    pub network_interfaces: Vec<NetworkConfig>,
+    /// For a restored VM: what the logical names of its devices are on this host.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub bindings: BTreeMap<String, String>,
     /// Only empty.
     #[serde(default)]
     #[schema(value_type = Vec<Object>)]
@@ -376,10 +383,9 @@ pub struct VmConfig {
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     pub vsock: Option<Value>,
-    /// Only null.
+    /// A source of entropy.
     #[serde(default)]
-    #[schema(value_type = Option<Object>)]
-    pub entropy: Option<Value>,
+    pub entropy: Option<EntropyConfig>,
     /// Only null.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
@@ -438,11 +444,8 @@ impl VmConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         let used = |value: &Option<Value>| value.is_some();
         for (field, used) in [
-            ("drives", !self.drives.is_empty()),
-            ("network-interfaces", !self.network_interfaces.is_empty()),
             ("pmem", !self.pmem.is_empty()),
             ("vsock", used(&self.vsock)),
-            ("entropy", used(&self.entropy)),
             ("balloon", used(&self.balloon)),
             ("mmds-config", used(&self.mmds_config)),
             ("cpu-config", used(&self.cpu_config)),
@@ -456,6 +459,7 @@ impl VmConfig {
                 });
             }
         }
+        self.devices()?;
         if let Some(name) = &self.name {
             segment::VmId::new(name).map_err(|e| invalid("name", e.to_string()))?;
         }
@@ -465,7 +469,15 @@ impl VmConfig {
         self.machine_config.validate()
     }
 
-    /// What the guest boots.
+    /// Its devices, in the order of their slots: disks, the root one first, then cards, then entropy.
+    ///
+    /// # Errors
+    /// [`ConfigError`] naming the first field that cannot be.
+    pub fn devices(&self) -> Result<Vec<DeviceConfig>, ConfigError> {
+        devices::devices(&self.drives, &self.network_interfaces, self.entropy.as_ref())
+    }
+
+    /// What the guest boots. A root drive is added to its command line, as Firecracker does.
     ///
     /// # Errors
     /// [`ConfigError::NoKernel`].
@@ -474,11 +486,18 @@ impl VmConfig {
         Ok(BootSource {
             kernel: source.kernel_image_path.clone(),
             initrd: source.initrd_path.clone(),
-            command_line: source
-                .boot_args
-                .clone()
-                .unwrap_or_else(|| DEFAULT_BOOT_ARGS.into()),
+            command_line: self.command_line(source),
         })
+    }
+
+    fn command_line(&self, source: &BootSourceConfig) -> String {
+        let line = source.boot_args.as_deref().unwrap_or(DEFAULT_BOOT_ARGS);
+        match self.drives.iter().find(|drive| drive.is_root_device) {
+            Some(root) if !line.split(' ').any(|word| word.starts_with("root=")) => {
+                format!("{line} {}", root.root_argument())
+            }
+            Some(_) | None => line.to_owned(),
+        }
     }
 }
 
@@ -528,13 +547,25 @@ mod tests {
     #[test]
     fn what_is_not_there_is_refused_by_name() {
         for (json, names) in [
-            (r#"{"drives": [{"drive_id": "rootfs"}]}"#, "drives"),
+            (r#"{"drives": [{"drive_id": "rootfs"}]}"#, "path_on_host"),
+            (
+                r#"{"drives": [{"drive_id": "a b", "path_on_host": "x"}]}"#,
+                "drive_id",
+            ),
+            (
+                r#"{"drives": [{"drive_id": "a", "path_on_host": "x", "rate_limiter": {}}]}"#,
+                "rate_limiter",
+            ),
             (
                 r#"{"network-interfaces": [{"iface_id": "eth0"}]}"#,
-                "network-interfaces",
+                "host_dev_name",
+            ),
+            (
+                r#"{"network-interfaces": [{"iface_id": "0", "host_dev_name": "t", "guest_mac": "01:00:00:00:00:00"}]}"#,
+                "guest_mac",
             ),
             (r#"{"vsock": {"guest_cid": 3}}"#, "vsock"),
-            (r#"{"entropy": {}}"#, "entropy"),
+            (r#"{"entropy": {"rate_limiter": {}}}"#, "rate_limiter"),
             (r#"{"balloon": {"amount_mib": 1}}"#, "balloon"),
             (r#"{"mmds-config": {"network_interfaces": []}}"#, "mmds-config"),
             (

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{oneshot, watch};
 
 use crate::bus::Bus;
+use crate::devices::virtio::disk::DiskCapture;
 use crate::memory::{GuestRam, PAGE_BYTES};
 use crate::outbox::Outbox;
 use crate::vcpu::GuestEnd;
@@ -110,6 +111,8 @@ pub struct Stopped {
     pub pages: Vec<u64>,
     /// Their bytes, back to back.
     pub bytes: Vec<u8>,
+    /// Captures of its disks at the same instant, in the order of their slots.
+    pub disks: Vec<DiskCapture>,
     /// When the guest was stopped, in nanoseconds since 1970.
     pub unix_ns: u64,
     /// How long it stood still.
@@ -127,8 +130,9 @@ enum Command {
     StartLogging(Reply<bool>),
     /// The dirty set, with the guest running.
     TakeDirty(Reply<Vec<u64>>),
-    /// Stop, save, take the dirty set, copy its pages into the buffers given, go on.
-    StopAndCopy(Buffers, Reply<Stopped>),
+    /// Stop, save, take the dirty set, copy its pages into the buffers given, begin to capture the disks (all of them,
+    /// or what changed), go on.
+    StopAndCopy(Buffers, bool, Reply<Stopped>),
     PutBack(Vec<Range<u64>>),
     /// Of which life of the machine, and on which vCPU.
     Ended(u64, u8, GuestEnd),
@@ -321,8 +325,8 @@ impl VmHandle {
         self.ask_blocking(Command::TakeDirty)
     }
 
-    pub(crate) fn stop_and_copy(&self, buffers: Buffers) -> Result<Stopped, ControlError> {
-        self.ask_blocking(|reply| Command::StopAndCopy(buffers, reply))
+    pub(crate) fn stop_and_copy(&self, buffers: Buffers, whole_disks: bool) -> Result<Stopped, ControlError> {
+        self.ask_blocking(|reply| Command::StopAndCopy(buffers, whole_disks, reply))
     }
 
     pub(crate) fn put_back(&self, pages: Vec<Range<u64>>) {
@@ -353,11 +357,12 @@ impl Owner {
                 }
                 Command::StartLogging(reply) => answer(reply, self.start_logging()),
                 Command::TakeDirty(reply) => answer(reply, self.take_dirty()),
-                Command::StopAndCopy(buffers, reply) => {
-                    let result = self.stop_and_copy(buffers);
-                    if let Err(Ok(lost)) = reply.send(result).map_err(|unsent| unsent.map(|s| s.pages)) {
-                        // The asker is gone: its set is not forgotten.
-                        self.put_back(lost.into_iter());
+                Command::StopAndCopy(buffers, whole_disks, reply) => {
+                    let result = self.stop_and_copy(buffers, whole_disks);
+                    if let Err(Ok(lost)) = reply.send(result) {
+                        // The asker is gone: its sets are not forgotten.
+                        self.put_back(lost.pages.into_iter());
+                        lost.disks.iter().for_each(DiskCapture::put_back);
                     }
                 }
                 Command::PutBack(ranges) => self.put_back(ranges.into_iter().flatten()),
@@ -391,7 +396,7 @@ impl Owner {
         let vm = self.live("pause")?;
         if vm.running() {
             // Dropped at once: stopped it stays.
-            let _ = vm.pause()?;
+            let _ = pause_or_go_on(vm)?;
             self.become_state(RunState::Paused);
         }
         Ok(())
@@ -437,7 +442,7 @@ impl Owner {
     }
 
     /// The short stop. On failure after the dirty set was taken, it is put back; a guest that ran, runs on.
-    fn stop_and_copy(&mut self, buffers: Buffers) -> Result<Stopped, ControlError> {
+    fn stop_and_copy(&mut self, buffers: Buffers, whole_disks: bool) -> Result<Stopped, ControlError> {
         if matches!(*self.publish.borrow(), RunState::Fenced { .. }) {
             return self.refuse("checkpoint");
         }
@@ -445,7 +450,7 @@ impl Owner {
         let was_running = vm.running();
         let unix_ns = jiff::Timestamp::now().as_nanosecond().try_into().unwrap_or(0);
         let start = Instant::now();
-        let mut paused = vm.pause()?;
+        let mut paused = pause_or_go_on(vm)?;
         if paused.vm().ended() {
             // The word of it is in the inbox, behind this command. What follows a reset is no state to keep.
             return Err(ControlError::State {
@@ -454,18 +459,19 @@ impl Owner {
                 reason: Some("the guest has just ended".into()),
             });
         }
-        let result = capture(&mut paused, buffers);
+        let result = capture(&mut paused, buffers, whole_disks);
         // Fails only before a machine's first run, and one that ran is past that.
         if was_running && let Err(error) = paused.resume() {
             tracing::error!(%error, "let the guest go on after a checkpoint");
             self.become_state(RunState::Paused);
         }
         let stopped = start.elapsed();
-        let (state, pages, bytes) = result?;
+        let (state, pages, bytes, disks) = result?;
         Ok(Stopped {
             state,
             pages,
             bytes,
+            disks,
             unix_ns,
             stopped,
         })
@@ -529,9 +535,26 @@ fn answer<T>(reply: Reply<T>, result: Result<T, ControlError>) {
     let _ = reply.send(result);
 }
 
-type Capture = (MachineState, Vec<u64>, Vec<u8>);
+type Capture = (MachineState, Vec<u64>, Vec<u8>, Vec<DiskCapture>);
 
-fn capture(paused: &mut crate::vm::Paused<'_>, mut buffers: Buffers) -> Result<Capture, ControlError> {
+/// Stops a machine; when a device cannot be stopped, the guest goes on as it was.
+fn pause_or_go_on(vm: &mut Vm) -> Result<crate::vm::Paused<'_>, VmError> {
+    let was_running = vm.running();
+    vm.stop_vcpus()?;
+    if let Err(error) = vm.stop_devices() {
+        if was_running {
+            vm.run();
+        }
+        return Err(error);
+    }
+    vm.pause()
+}
+
+fn capture(
+    paused: &mut crate::vm::Paused<'_>,
+    mut buffers: Buffers,
+    whole_disks: bool,
+) -> Result<Capture, ControlError> {
     let state = paused.save()?;
     let vm = paused.vm();
     // Trap 12: after the state was saved: saving devices writes guest memory.
@@ -556,5 +579,18 @@ fn capture(paused: &mut crate::vm::Paused<'_>, mut buffers: Buffers) -> Result<C
     {
         vm.ram().read_pages(page, to);
     }
-    Ok((state, buffers.pages, buffers.bytes))
+    // Last, and in no time: what the disks' captures are of is read while the guest runs.
+    let mut disks: Vec<DiskCapture> = Vec::new();
+    let all: Vec<_> = vm.disks().cloned().collect();
+    for disk in &all {
+        match disk.freeze(whole_disks) {
+            Ok(capture) => disks.push(capture),
+            Err(why) => {
+                disks.iter().for_each(DiskCapture::put_back);
+                vm.put_back(buffers.pages.into_iter());
+                return Err(ControlError::Memory(why));
+            }
+        }
+    }
+    Ok((state, buffers.pages, buffers.bytes, disks))
 }

@@ -9,13 +9,14 @@
 //! guest runs   encode from the shadow
 //! ```
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use migrate::checkpoint::{CaptureKind, Captured, CapturedPages, PageBytes, Source, SourceError};
+use migrate::checkpoint::{CaptureKind, Captured, CapturedPages, PageBytes, PageReader, Source, SourceError};
 use migrate::load::{Target, TargetError};
 use segment::{CheckpointId, PageIndex, Space, SpaceId};
 
 use crate::control::{Buffers, ControlError, VmHandle};
+use crate::devices::virtio::disk::{Disk, DiskCapture};
 use crate::memory::{GuestRam, PAGE_BYTES, Shadow};
 use crate::state;
 
@@ -37,6 +38,18 @@ pub fn memory_space(ram: &GuestRam) -> Space {
     }
 }
 
+/// The address space of the disk that is the `index`th of a machine's, from 0.
+#[must_use]
+pub fn disk_space(index: usize, disk: &Disk) -> Space {
+    Space {
+        // A machine has at most MAX_VIRTIO_SLOTS disks.
+        id: SpaceId(1 + index as u16),
+        name: disk.name().into(),
+        page_bytes: disk.block_bytes(),
+        pages: disk.blocks(),
+    }
+}
+
 /// Checkpoints of a machine.
 #[derive(Debug)]
 pub struct VmSource {
@@ -45,6 +58,18 @@ pub struct VmSource {
     restarts: u64,
     /// Buffers come back when a stored capture is dropped, on whatever thread that is; held for a swap.
     spare: Arc<Mutex<Buffers>>,
+    /// The disks' part of the last capture, as long as that is there.
+    disks: Vec<Weak<DiskCapture>>,
+}
+
+/// A disk's captured blocks, read when they are encoded.
+struct DiskPages(Arc<DiskCapture>);
+
+impl PageReader for DiskPages {
+    fn read(&self, pages: &[PageIndex], to: &mut [u8]) -> std::io::Result<()> {
+        let blocks: Vec<u64> = pages.iter().map(|page| page.0).collect();
+        self.0.read(&blocks, to)
+    }
 }
 
 impl VmSource {
@@ -55,6 +80,7 @@ impl VmSource {
             restarts: vm.restarts(),
             vm,
             spare: Arc::default(),
+            disks: Vec::new(),
         }
     }
 
@@ -62,10 +88,25 @@ impl VmSource {
         std::mem::take(&mut *self.spare.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn delta(&self) -> Result<Captured, ControlError> {
+    /// The captured address spaces: memory, and the disks, whose blocks are looked for now that the guest runs.
+    fn spaces(&mut self, memory: CapturedPages, disks: Vec<DiskCapture>) -> Vec<CapturedPages> {
+        let disks: Vec<Arc<DiskCapture>> = disks.into_iter().map(Arc::new).collect();
+        self.disks = disks.iter().map(Arc::downgrade).collect();
+        let disks = disks
+            .into_iter()
+            .enumerate()
+            .map(|(index, capture)| CapturedPages {
+                space: disk_space(index, capture.disk()),
+                pages: capture.blocks().into_iter().map(PageIndex).collect(),
+                data: PageBytes::deferred(DiskPages(capture)),
+            });
+        std::iter::once(memory).chain(disks).collect()
+    }
+
+    fn delta(&mut self) -> Result<Captured, ControlError> {
         // Before the dirty set is taken: nothing after that may fail.
         let checkpoint = new_checkpoint_id()?;
-        let stopped = self.vm.stop_and_copy(self.buffers())?;
+        let stopped = self.vm.stop_and_copy(self.buffers(), false)?;
         let pages: Vec<PageIndex> = stopped.pages.iter().copied().map(PageIndex).collect();
         let data = Lent {
             buffers: Buffers {
@@ -74,32 +115,34 @@ impl VmSource {
             },
             home: Arc::clone(&self.spare),
         };
+        let memory = CapturedPages {
+            space: memory_space(self.vm.ram()),
+            pages,
+            data: PageBytes::new(data),
+        };
         Ok(Captured {
             checkpoint,
             created_unix_ns: stopped.unix_ns,
             full: false,
             records: state::to_records(&stopped.state),
-            spaces: vec![CapturedPages {
-                space: memory_space(self.vm.ram()),
-                pages,
-                data: PageBytes::new(data),
-            }],
+            spaces: self.spaces(memory, stopped.disks),
             stopped: stopped.stopped,
         })
     }
 
-    fn full(&self) -> Result<Captured, ControlError> {
+    fn full(&mut self) -> Result<Captured, ControlError> {
         let checkpoint = new_checkpoint_id()?;
-        let ram = Arc::clone(self.vm.ram());
-        self.vm.start_logging()?;
+        let vm = self.vm.clone();
+        let ram = Arc::clone(vm.ram());
+        vm.start_logging()?;
         // What is dirty now is covered by the copy of everything; taken first, so that the rounds see only what
         // changes from here on.
         let mut taken = Taken {
-            vm: &self.vm,
+            vm: &vm,
             pages: 0..ram.pages(),
             armed: true,
         };
-        self.vm.take_dirty()?;
+        vm.take_dirty()?;
         let mut shadow = Shadow::new(&ram).map_err(|e| ControlError::Memory(e.to_string()))?;
         let populated = ram
             .populated()
@@ -114,7 +157,7 @@ impl VmSource {
             .for_each(|page| pages.insert(page));
         let mut last = usize::MAX;
         for _ in 0..MAX_ROUNDS {
-            let dirty = self.vm.take_dirty()?;
+            let dirty = vm.take_dirty()?;
             for &page in &dirty {
                 shadow.copy(&ram, page..page + 1);
                 pages.insert(page);
@@ -124,7 +167,7 @@ impl VmSource {
             }
             last = dirty.len();
         }
-        let stopped = self.vm.stop_and_copy(self.buffers())?;
+        let stopped = vm.stop_and_copy(self.buffers(), true)?;
         for (&page, bytes) in stopped.pages.iter().zip(stopped.bytes.chunks_exact(PAGE_BYTES)) {
             shadow.write(page, bytes);
             pages.insert(page);
@@ -135,16 +178,17 @@ impl VmSource {
             pages: stopped.pages,
             bytes: stopped.bytes,
         };
+        let memory = CapturedPages {
+            space: memory_space(&ram),
+            pages: pages.into_ascending(),
+            data: PageBytes::sparse(shadow),
+        };
         Ok(Captured {
             checkpoint,
             created_unix_ns: stopped.unix_ns,
             full: true,
             records: state::to_records(&stopped.state),
-            spaces: vec![CapturedPages {
-                space: memory_space(&ram),
-                pages: pages.into_ascending(),
-                data: PageBytes::sparse(shadow),
-            }],
+            spaces: self.spaces(memory, stopped.disks),
             stopped: stopped.stopped,
         })
     }
@@ -235,8 +279,16 @@ impl Source for VmSource {
     }
 
     fn put_back(&mut self, captured: &Captured) {
-        let pages = captured.spaces.iter().flat_map(|space| &space.pages);
+        let memory = captured
+            .spaces
+            .iter()
+            .filter(|space| space.space.id == SpaceId::MEMORY);
+        let pages = memory.flat_map(|space| &space.pages);
         self.vm.put_back(pages.map(|page| page.0..page.0 + 1).collect());
+        self.disks
+            .iter()
+            .filter_map(Weak::upgrade)
+            .for_each(|disk| disk.put_back());
     }
 
     fn fence(&mut self, reason: &str) {
@@ -246,30 +298,42 @@ impl Source for VmSource {
     }
 }
 
-/// The memory of a machine that is being restored.
+/// The memory and the disks of a machine that is being restored.
 #[derive(Debug)]
-pub struct RamTarget<'a>(pub &'a GuestRam);
+pub struct MachineTarget<'a> {
+    /// Address space 0.
+    pub ram: &'a GuestRam,
+    /// Those from 1 on.
+    pub disks: &'a [Arc<Disk>],
+}
 
-impl Target for RamTarget<'_> {
-    fn write(&self, space: SpaceId, first: PageIndex, data: &[u8]) -> Result<(), TargetError> {
-        only_memory(space)?;
-        self.0.write_pages(first.0, data).map_err(TargetError::new)
-    }
-
-    fn read(&self, space: SpaceId, first: PageIndex, data: &mut [u8]) -> Result<(), TargetError> {
-        only_memory(space)?;
-        // Its own page numbers: it has written them before, which was refused when they were outside.
-        self.0.read_pages(first.0, data);
-        Ok(())
+impl MachineTarget<'_> {
+    /// The disk of an address space; `None` is memory.
+    fn disk(&self, space: SpaceId) -> Result<Option<&Disk>, TargetError> {
+        let Some(index) = usize::from(space.0).checked_sub(1) else {
+            return Ok(None);
+        };
+        let disk = self.disks.get(index).map(|disk| Some(&**disk));
+        disk.ok_or_else(|| TargetError::new(format!("this VM has no address space {}", space.0)))
     }
 }
 
-fn only_memory(space: SpaceId) -> Result<(), TargetError> {
-    if space == SpaceId::MEMORY {
-        return Ok(());
+impl Target for MachineTarget<'_> {
+    fn write(&self, space: SpaceId, first: PageIndex, data: &[u8]) -> Result<(), TargetError> {
+        match self.disk(space)? {
+            None => self.ram.write_pages(first.0, data).map_err(TargetError::new),
+            Some(disk) => disk.load(first.0, data).map_err(TargetError::new),
+        }
     }
-    Err(TargetError::new(format!(
-        "this VM has no address space {}",
-        space.0
-    )))
+
+    fn read(&self, space: SpaceId, first: PageIndex, data: &mut [u8]) -> Result<(), TargetError> {
+        // Its own page numbers: it has written them before, which was refused when they were outside.
+        match self.disk(space)? {
+            None => {
+                self.ram.read_pages(first.0, data);
+                Ok(())
+            }
+            Some(disk) => disk.loaded(first.0, data).map_err(TargetError::new),
+        }
+    }
 }

@@ -24,20 +24,24 @@ use crate::boot::BootSource;
 use crate::clock::ClockPolicy;
 use crate::config::CheckpointConfig;
 use crate::control::{RunState, VmHandle};
+use crate::devices::virtio::setup::{DeviceConfig, Devices};
+use crate::memory::GuestRam;
 use crate::preflight::{self, Lack};
-use crate::replica::{RamTarget, VmSource};
+use crate::replica::{MachineTarget, VmSource, disk_space};
 use crate::state;
-use crate::vm::{MachineConfig, Vm, no_devices};
+use crate::vm::{MachineConfig, Vm};
 use checkpoints::{Checkpoints, Progress};
 use follower::Follower;
 use ownership::Ownership;
 
 mod checkpoints;
+mod disks;
 mod error;
 mod follower;
 mod ownership;
 mod report;
 
+pub use disks::{BindError, Bindings};
 pub use error::{SessionError, chain};
 pub use report::{CheckpointReport, HolderReport, Protection, ProtectionStatus, SessionStatus};
 
@@ -129,11 +133,28 @@ impl Session {
         machine: MachineConfig,
         source: &BootSource,
     ) -> Result<Self, SessionError> {
+        Self::boot_with(config, machine, source, &[]).await
+    }
+
+    /// The same, with devices.
+    ///
+    /// # Errors
+    /// As [`Session::boot`], and what is wrong with a device.
+    pub async fn boot_with(
+        config: SessionConfig,
+        machine: MachineConfig,
+        source: &BootSource,
+        devices: &[DeviceConfig],
+    ) -> Result<Self, SessionError> {
+        let devices = Devices::open(devices)?;
         let store = open_store(&config, machine.memory_bytes)?;
         // The machine before the registry: a kernel that is none must not leave a VM behind in the cluster.
         let source = source.clone();
         let vm = blocking(move || {
-            VmHandle::start(|outbox, ended| Vm::boot(machine, &source, &no_devices, outbox, ended))
+            VmHandle::start(|outbox, ended| {
+                let attach = |ram: &Arc<GuestRam>| devices.attach(ram, None).map_err(Into::into);
+                Vm::boot(machine, &source, &attach, outbox, ended)
+            })
         })
         .await??;
         let (ownership, generation) = own(&config, &store, None).await?;
@@ -159,6 +180,19 @@ impl Session {
         from: RestoreFrom,
         clock: ClockPolicy,
     ) -> Result<Self, SessionError> {
+        Self::restore_with(config, from, clock, &Bindings::new()).await
+    }
+
+    /// The same, with the logical names of its devices bound to what this host has.
+    ///
+    /// # Errors
+    /// As [`Session::restore`], and [`SessionError::Bind`].
+    pub async fn restore_with(
+        config: SessionConfig,
+        from: RestoreFrom,
+        clock: ClockPolicy,
+        bindings: &Bindings,
+    ) -> Result<Self, SessionError> {
         let plan = load_plan(&config, &from)?;
         let tip = plan.manifest().name.clone();
         let records = plan.records()?;
@@ -166,8 +200,10 @@ impl Session {
             name: tip.clone(),
             source,
         })?;
-        check_space(&plan, saved.config.memory_bytes)?;
+        disks::check(&saved.virtio, bindings)?;
         let store = open_store(&config, saved.config.memory_bytes)?;
+        let (devices, filling) = disks::prepare(&saved.virtio, bindings, &config.store)?;
+        check_spaces(&plan, saved.config.memory_bytes, &devices)?;
         let manifest = plan.manifest();
         let parent = Parent {
             name: tip.clone(),
@@ -177,12 +213,15 @@ impl Session {
         // The machine before the registry: a host that cannot run the VM must not become its owner.
         let vm = blocking(move || {
             VmHandle::start(|outbox, ended| {
-                let load = |ram: &crate::memory::GuestRam| {
-                    plan.load_into(&RamTarget(ram), cores())
+                let disks: Vec<_> = devices.disks().cloned().collect();
+                let load = |ram: &GuestRam| {
+                    plan.load_into(&MachineTarget { ram, disks: &disks }, cores())
                         .map(drop)
                         .map_err(Into::into)
                 };
-                Vm::restore(&saved, clock, load, &no_devices, outbox, ended)
+                let attach =
+                    |ram: &Arc<GuestRam>| devices.attach(ram, Some(&saved.virtio)).map_err(Into::into);
+                Vm::restore(&saved, clock, load, &attach, outbox, ended)
             })
         })
         .await??;
@@ -193,6 +232,8 @@ impl Session {
             checkpoint: parent.checkpoint,
         });
         let (ownership, generation) = own(&config, &store, implied).await?;
+        // The last thing that may fail for the disks, and before the guest may run on them.
+        blocking(move || disks::publish(filling)).await??;
         // A delta on it is of use only to those who have it: holders of the same VM, or this very store.
         let reachable = tip.vm == config.name && (ownership.is_some() || store.get(&tip).is_some());
         let parent = reachable.then_some(parent);
@@ -631,25 +672,33 @@ fn plan_from(
     Ok(LoadPlan::new(store, &tip)?)
 }
 
-/// The memory the records speak of is the memory the pages are for.
-fn check_space(plan: &LoadPlan, memory_bytes: u64) -> Result<(), SessionError> {
+/// The memory and the disks the records speak of are those the pages are for.
+fn check_spaces(plan: &LoadPlan, memory_bytes: u64, devices: &Devices) -> Result<(), SessionError> {
     let unfit = |why| SessionError::Unfit {
         name: plan.manifest().name.clone(),
         why,
     };
-    match plan.spaces() {
-        [space] if space.id == segment::SpaceId::MEMORY => {
-            let bytes = u64::from(space.page_bytes).saturating_mul(space.pages);
-            if bytes == memory_bytes && space.page_bytes as usize == crate::memory::PAGE_BYTES {
-                return Ok(());
-            }
-            Err(unfit(format!(
-                "its memory space has {bytes} bytes and its machine {memory_bytes}"
-            )))
-        }
-        spaces => Err(unfit(format!(
-            "it has {} address spaces, and this monitor knows one, the memory",
-            spaces.len()
-        ))),
+    let Some((memory, disks)) = plan.spaces().split_first() else {
+        return Err(unfit("it has no address space".into()));
+    };
+    let bytes = memory.bytes();
+    if memory.id != segment::SpaceId::MEMORY
+        || bytes != memory_bytes
+        || memory.page_bytes as usize != crate::memory::PAGE_BYTES
+    {
+        return Err(unfit(format!(
+            "its memory space has {bytes} bytes and its machine {memory_bytes}"
+        )));
     }
+    let wanted: Vec<_> = devices
+        .disks()
+        .enumerate()
+        .map(|(index, disk)| disk_space(index, disk))
+        .collect();
+    if disks != wanted {
+        return Err(unfit(
+            "its address spaces are not those of the disks its machine has".into(),
+        ));
+    }
+    Ok(())
 }

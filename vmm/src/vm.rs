@@ -24,6 +24,7 @@ use crate::devices::DeviceStateError;
 use crate::devices::i8042::{I8042, I8042State};
 use crate::devices::rtc::{Rtc, RtcState};
 use crate::devices::serial::SerialPort;
+use crate::devices::virtio::disk::Disk;
 use crate::devices::virtio::mmio::DrainError;
 use crate::devices::virtio::state::VirtioState;
 use crate::dirty::DirtyTracker;
@@ -402,6 +403,11 @@ impl Vm {
         &self.attached
     }
 
+    /// Its disks, in the order of their slots: each is an address space.
+    pub fn disks(&self) -> impl Iterator<Item = &Arc<Disk>> {
+        self.attached.iter().filter_map(|attached| attached.disk.as_ref())
+    }
+
     /// Whether the guest has ended of itself on some vCPU.
     #[must_use]
     pub fn ended(&self) -> bool {
@@ -431,6 +437,16 @@ impl Vm {
     /// [`VcpuError::Stuck`]: some vCPU may still run. [`VmError::Drain`]: the vCPUs stand still, and a device may still
     /// finish what it has taken.
     pub fn pause(&mut self) -> Result<Paused<'_>, VmError> {
+        self.stop_vcpus()?;
+        self.stop_devices()?;
+        Ok(Paused(self))
+    }
+
+    /// The first half of [`Vm::pause`].
+    ///
+    /// # Errors
+    /// [`VcpuError::Stuck`].
+    pub fn stop_vcpus(&mut self) -> Result<(), VmError> {
         for vcpu in &self.vcpus {
             vcpu.ask_stop();
         }
@@ -438,11 +454,19 @@ impl Vm {
             vcpu.wait_parked()?;
         }
         self.running = false;
+        Ok(())
+    }
+
+    /// The second half of [`Vm::pause`].
+    ///
+    /// # Errors
+    /// [`VmError::Drain`].
+    pub fn stop_devices(&self) -> Result<(), VmError> {
         // After the vCPUs, whose kicks are then all made; what is in flight ends before anything is saved (trap 1).
         for attached in &self.attached {
             attached.device.pause()?;
         }
-        Ok(Paused(self))
+        Ok(())
     }
 
     /// Begins to log which pages the guest writes, if that is not so yet. Until then a guest pays nothing for it.

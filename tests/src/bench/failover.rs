@@ -18,7 +18,7 @@ use migrate::load::LoadPlan;
 use migrate::store::FsStore;
 use serde_json::Value;
 use vmm::memory::{GuestRam, PAGE_BYTES};
-use vmm::replica::RamTarget;
+use vmm::replica::MachineTarget;
 
 use super::lab::{Lab, cores};
 use super::limits;
@@ -189,7 +189,13 @@ fn limit(cluster: &Cluster, agent: usize, memory_mib: u64) -> Result<(f64, u64)>
     let ram = GuestRam::new(memory_mib << 20).context("fresh guest memory")?;
     let plan = LoadPlan::new(&store, &tip.name).context("read the chain")?;
     let loaded = plan
-        .load_into(&RamTarget(&ram), cores())
+        .load_into(
+            &MachineTarget {
+                ram: &ram,
+                disks: &[],
+            },
+            cores(),
+        )
         .context("load the chain")?
         .bytes_written;
     let mut content = Vec::new();

@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use migrate::load::LoadPlan;
 use std::time::Duration;
 use vmm::memory::GuestRam;
-use vmm::replica::RamTarget;
+use vmm::replica::MachineTarget;
 
 use super::guest::{Guest, Taker};
 use super::lab::{Lab, cores};
@@ -43,7 +43,13 @@ pub(crate) fn measure(lab: &Lab) -> Result<Vec<Row>> {
             let plan = LoadPlan::from_files(&taker.chain_files()?).context("read the chain")?;
             ensure!(plan.links() == LINKS, "the chain has {} links", plan.links());
             let stats = plan
-                .load_into(&RamTarget(&ram), cores())
+                .load_into(
+                    &MachineTarget {
+                        ram: &ram,
+                        disks: &[],
+                    },
+                    cores(),
+                )
                 .context("load the chain")?;
             Ok((stats.bytes_written, plan.bytes()))
         };

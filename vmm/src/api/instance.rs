@@ -227,10 +227,16 @@ impl Instance {
         let session = match origin {
             Origin::Boot => {
                 let source = config.boot()?;
-                Session::boot(session_config, config.machine_config.machine(), &source).await?
+                Session::boot_with(
+                    session_config,
+                    config.machine_config.machine(),
+                    &source,
+                    &config.devices()?,
+                )
+                .await?
             }
             Origin::Restore(from, clock) => {
-                let session = Session::restore(session_config, from, clock).await?;
+                let session = Session::restore_with(session_config, from, clock, &config.bindings).await?;
                 let machine = session.vm().config();
                 self.reconfigure(|config| {
                     config.machine_config.vcpu_count = machine.vcpus;

@@ -4,7 +4,7 @@ use axum::Json;
 use utoipa::OpenApi;
 
 use super::fault::FaultMessage;
-use super::resources::{console, machine, replication, snapshot};
+use super::resources::{console, devices, machine, replication, snapshot};
 
 /// The document.
 #[derive(Debug, OpenApi)]
@@ -17,7 +17,8 @@ use super::resources::{console, machine, replication, snapshot};
     paths(
         machine::info, machine::version, machine::config, machine::machine, machine::put_machine,
         machine::patch_machine, machine::put_boot_source, machine::act, machine::patch_vm, machine::put_logger,
-        machine::put_metrics, snapshot::create, snapshot::load, replication::status, replication::checkpoints,
+        machine::put_metrics, devices::put_drive, devices::put_network, devices::put_entropy,
+        snapshot::create, snapshot::load, replication::status, replication::checkpoints,
         replication::take_checkpoint, replication::protection, replication::put_protection,
         replication::delete_protection, replication::stop, console::read, console::write, answer
     ),

@@ -8,7 +8,7 @@ use axum::routing::{MethodRouter, delete, get, patch, post, put};
 
 use super::fault::Fault;
 use super::instance::Instance;
-use super::resources::{console, machine, replication, snapshot};
+use super::resources::{console, devices, machine, replication, snapshot};
 
 /// Verb, path, and what answers.
 type Route = (Method, &'static str, MethodRouter<Arc<Instance>>);
@@ -23,6 +23,13 @@ fn table() -> Vec<Route> {
         (Method::PUT, "/machine-config", put(machine::put_machine)),
         (Method::PATCH, "/machine-config", patch(machine::patch_machine)),
         (Method::PUT, "/boot-source", put(machine::put_boot_source)),
+        (Method::PUT, "/drives/{drive_id}", put(devices::put_drive)),
+        (
+            Method::PUT,
+            "/network-interfaces/{iface_id}",
+            put(devices::put_network),
+        ),
+        (Method::PUT, "/entropy", put(devices::put_entropy)),
         (Method::PUT, "/actions", put(machine::act)),
         (Method::PATCH, "/vm", patch(machine::patch_vm)),
         (Method::PUT, "/logger", put(machine::put_logger)),

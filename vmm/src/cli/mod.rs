@@ -26,6 +26,7 @@ use rundir::PlaceError;
 mod attach;
 mod control;
 mod detach;
+mod devices;
 mod frames;
 mod host;
 mod inspect;

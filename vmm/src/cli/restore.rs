@@ -9,7 +9,7 @@ use segment::{Generation, SegmentName, SegmentReader, VmId};
 use super::host::{self, Audience, Host};
 use super::logging::Log;
 use super::options::{Keeping, Manner, RunDir, absolute};
-use super::{CliError, Outcome, on_runtime};
+use super::{CliError, Outcome, devices, on_runtime};
 use crate::api::instance::{Identity, Origin};
 use crate::clock::ClockPolicy;
 use crate::config::{CheckpointConfig, VmConfig};
@@ -43,6 +43,10 @@ pub(super) struct Restore {
     /// The generation that the registry has given this process
     #[arg(long, value_name = "G")]
     generation: Option<u64>,
+    /// What a device of the VM is on this host: disk:NAME=FILE (made anew; without it, a file in the store) or
+    /// net:NAME=TAP. Can be given again
+    #[arg(long, value_name = "NAME=WHAT", value_parser = devices::binding)]
+    bind: Vec<(String, String)>,
     #[command(flatten)]
     keeping: Keeping,
     #[command(flatten)]
@@ -129,7 +133,10 @@ impl Restore {
     }
 
     fn host(&self) -> Result<Host, CliError> {
-        let mut config = VmConfig::default();
+        let mut config = VmConfig {
+            bindings: self.bind.iter().cloned().collect(),
+            ..VmConfig::default()
+        };
         self.keeping.apply(&mut config)?;
         let Wanted { name, from } = self.wanted(&config)?;
         let run_dir = self.run_dir.path();

@@ -8,9 +8,9 @@ use segment::VmId;
 use super::host::{self, Audience, Host};
 use super::logging::Log;
 use super::options::{Keeping, Manner, RunDir, absolute};
-use super::{CliError, Outcome, on_runtime, size};
+use super::{CliError, Outcome, devices, on_runtime, size};
 use crate::api::instance::{Identity, Origin};
-use crate::config::{BootSourceConfig, VmConfig};
+use crate::config::{BootSourceConfig, DriveConfig, NetworkConfig, VmConfig};
 use crate::cpuid::baseline::CpuModel;
 
 /// Runs a new VM. In the foreground its console is on standard input and output: on a terminal, Ctrl-A x ends the
@@ -45,6 +45,16 @@ pub(super) struct Run {
     /// The CPU the guest sees: host, or baseline:x86-64-v2, -v3 or -v4, which unlike hosts can share [default: host]
     #[arg(long, value_name = "MODEL", value_parser = cpu_model)]
     cpu: Option<CpuModel>,
+    /// A disk: a name and a raw image, like root=disk.raw; with ,ro the guest may only read it. Can be given again
+    #[arg(long, value_name = "NAME=FILE[,ro]", value_parser = devices::drive)]
+    disk: Vec<DriveConfig>,
+    /// A network card: a name and a TAP interface, like 0=tap0; with ,mac=06:00:ac:10:00:02 its address. Can be given
+    /// again
+    #[arg(long, value_name = "NAME=TAP[,mac=MAC]", value_parser = devices::card)]
+    net: Vec<NetworkConfig>,
+    /// A source of entropy
+    #[arg(long)]
+    rng: bool,
     /// Configuration in the JSON of Firecracker's file; options given here go before it
     #[arg(long, alias = "config-file", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -167,6 +177,11 @@ impl Run {
             config.machine_config.cpu = Some(cpu.to_string());
         }
         config.machine_config.vcpu_count = self.cpus.unwrap_or(config.machine_config.vcpu_count);
+        config.drives.extend(self.disk.iter().cloned());
+        config.network_interfaces.extend(self.net.iter().cloned());
+        if self.rng {
+            config.entropy.get_or_insert_default();
+        }
         self.keeping.apply(&mut config)?;
         config.validate()?;
         Ok(config)

@@ -9,7 +9,9 @@ use migrate::store::{ChainError, StoreError};
 use migrate::transport::TransportError;
 use segment::{SegmentName, VmId};
 
+use super::BindError;
 use crate::control::ControlError;
+use crate::devices::virtio::setup::SetupError;
 use crate::state::StateError;
 use crate::vm::VmError;
 
@@ -94,6 +96,12 @@ pub enum SessionError {
     /// The protection asked for cannot be.
     #[error("{0}")]
     Protection(String),
+    /// A device of a new VM.
+    #[error(transparent)]
+    Setup(#[from] SetupError),
+    /// A device of a restored VM.
+    #[error(transparent)]
+    Bind(#[from] BindError),
     /// The thread that takes checkpoints.
     #[error("start the checkpoint thread")]
     Thread(#[source] std::io::Error),

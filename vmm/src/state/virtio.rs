@@ -6,7 +6,9 @@ use segment::Record;
 use virtio_queue::QueueState;
 
 use super::{StateError, Unread, VERSION, cbor, invalid};
-use crate::devices::virtio::state::{BlockState, DeviceState, MAX_NAME_BYTES, MAX_QUEUES, VirtioState};
+use crate::devices::virtio::state::{
+    BlockState, DeviceState, MAX_NAME_BYTES, MAX_QUEUES, NetState, VirtioState,
+};
 use crate::layout::MAX_VIRTIO_SLOTS;
 
 #[derive(Encode, Decode)]
@@ -72,6 +74,13 @@ struct BlockRecord {
     flush: bool,
 }
 
+#[derive(Encode, Decode)]
+#[cbor(map)]
+struct NetRecord {
+    #[n(0)]
+    mac: minicbor::bytes::ByteArray<6>,
+}
+
 fn queue_record(queue: &QueueState) -> QueueRecord {
     let QueueState {
         max_size,
@@ -119,6 +128,8 @@ pub(super) fn to_record(index: usize, state: &VirtioState) -> Record {
             read_only: block.read_only,
             flush: block.flush,
         }),
+        DeviceState::Net(net) => cbor(&NetRecord { mac: net.mac.into() }),
+        DeviceState::Rng => Vec::new(),
     };
     Record {
         tag: format!("virtio/{index}"),
@@ -197,6 +208,13 @@ fn device(tag: &str, kind: u32, payload: &[u8]) -> Result<DeviceState, StateErro
                 flush: record.flush,
             }))
         }
+        crate::devices::virtio::net::KIND => {
+            let record: NetRecord = super::decode(tag, payload)?;
+            Ok(DeviceState::Net(NetState {
+                mac: record.mac.into(),
+            }))
+        }
+        crate::devices::virtio::rng::KIND if payload.is_empty() => Ok(DeviceState::Rng),
         kind => Err(invalid(
             tag,
             format!("a virtio device of kind {kind}, which this monitor does not have"),

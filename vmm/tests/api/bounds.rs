@@ -58,10 +58,7 @@ async fn what_is_not_right_is_said_in_firecrackers_shape() {
         assert!(action.contains("unknown variant `Dance`"), "{action}");
 
         for path in [
-            "/drives/rootfs",
-            "/network-interfaces/eth0",
             "/vsock",
-            "/entropy",
             "/balloon",
             "/balloon/statistics",
             "/mmds",

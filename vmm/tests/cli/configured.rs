@@ -66,10 +66,7 @@ fn getting_started_as_in_firecrackers_documentation() {
     assert_eq!(status, 400);
     let fault: serde_json::Value = serde_json::from_str(&answer).unwrap();
     assert!(
-        fault["fault_message"]
-            .as_str()
-            .unwrap()
-            .contains("/drives/rootfs is not supported"),
+        fault["fault_message"].as_str().unwrap().contains("./ubuntu.ext4"),
         "{fault}"
     );
     let machine = "{\"vcpu_count\": 1, \"mem_size_mib\": 64, \"track_dirty_pages\": true}";

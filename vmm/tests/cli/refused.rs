@@ -60,7 +60,7 @@ fn each_mistake_has_its_message() {
         ),
         (vec!["--kernel", &ticker, "--every", "5ms"], vec!["--protect-to"]),
         (vec!["--initrd", &big], vec!["--kernel"]),
-        (vec!["--config", &config], vec!["drives", "not supported"]),
+        (vec!["--config", &config], vec!["drives", "path_on_host"]),
         (vec!["--config", &typo], vec!["typo.json", "mem_size_mb"]),
         (vec!["--config", &broken], vec!["broken.json", "line 1"]),
         (

@@ -1,6 +1,7 @@
 //! What the paths of the API stand for.
 
 pub mod console;
+pub mod devices;
 pub mod machine;
 pub mod replication;
 pub mod snapshot;

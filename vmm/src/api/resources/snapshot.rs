@@ -76,6 +76,16 @@ pub struct MemBackend {
     pub backend_path: PathBuf,
 }
 
+/// Where a network card is connected here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkOverride {
+    /// The card.
+    pub iface_id: String,
+    /// The TAP interface.
+    pub host_dev_name: String,
+}
+
 /// A snapshot to load.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -102,10 +112,12 @@ pub struct LoadSnapshot {
     /// What the guest's clocks do about the time since the snapshot: `catch-up` (when left out) or `frozen`.
     #[serde(default)]
     pub clock: ClockPolicy,
-    /// Only empty.
+    /// The TAP interfaces of the network cards here.
     #[serde(default)]
-    #[schema(value_type = Vec<Object>)]
-    pub network_overrides: Vec<serde_json::Value>,
+    pub network_overrides: Vec<NetworkOverride>,
+    /// What other logical names are here: `{"disk:root": "PATH"}`. A disk without one gets a new file in the store.
+    #[serde(default)]
+    pub bindings: std::collections::BTreeMap<String, String>,
 }
 
 #[utoipa::path(put, path = "/snapshot/create", tag = "firecracker", request_body = CreateSnapshot,
@@ -207,8 +219,15 @@ pub(in crate::api) async fn load(State(app): App, Body(request): Body<LoadSnapsh
     }
     let path = request.snapshot_path.clone();
     let (resume, clock) = (request.resume_vm, request.clock);
+    let mut bindings = request.bindings.clone();
+    let cards = request.network_overrides.iter();
+    bindings.extend(cards.map(|card| (format!("net:{}", card.iface_id), card.host_dev_name.clone())));
     let checked = tokio::task::spawn_blocking(move || check_load(&request)).await;
     checked.map_err(|error| Fault::bad(format!("look at the snapshot: {error}")))??;
+    app.configure(|config| {
+        config.bindings = bindings;
+        Ok(())
+    })?;
     app.start(Origin::Restore(RestoreFrom::Files(vec![path]), clock), resume)
         .await?;
     Ok(StatusCode::NO_CONTENT)

@@ -406,6 +406,14 @@ impl Disk {
         self.file.write_all_at(content, offset)
     }
 
+    /// Reads blocks that were put in.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn loaded(&self, first: u64, to: &mut [u8]) -> io::Result<()> {
+        self.read_padded(first, to)
+    }
+
     /// Begins a capture of the disk as it is now: of what changed since the last one, or of everything. For a disk
     /// whose device is drained. Looks at no block.
     ///

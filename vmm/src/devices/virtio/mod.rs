@@ -25,7 +25,10 @@ use crate::memory::GuestMemory;
 pub mod block;
 pub mod disk;
 pub mod mmio;
+pub mod net;
 pub mod queue;
+pub mod rng;
+pub mod setup;
 pub mod state;
 #[cfg(test)]
 pub(crate) mod testing;

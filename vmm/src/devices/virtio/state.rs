@@ -37,6 +37,10 @@ pub struct VirtioState {
 pub enum DeviceState {
     /// A disk.
     Block(BlockState),
+    /// A network card.
+    Net(NetState),
+    /// Entropy: nothing.
+    Rng,
 }
 
 /// A disk, without its content, which is an address space.
@@ -50,12 +54,21 @@ pub struct BlockState {
     pub flush: bool,
 }
 
+/// A network card, without its frames, which are the network's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetState {
+    /// Its hardware address.
+    pub mac: super::net::Mac,
+}
+
 impl DeviceState {
     /// Virtio's number for the kind of device.
     #[must_use]
     pub fn kind(&self) -> u32 {
         match self {
             Self::Block(_) => super::block::KIND,
+            Self::Net(_) => super::net::KIND,
+            Self::Rng => super::rng::KIND,
         }
     }
 }

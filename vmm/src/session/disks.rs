@@ -1,0 +1,234 @@
+//! The devices of a VM that is restored: their logical names bound to what this host has, and the disks filled.
+//!
+//! ```text
+//! records (names) + --bind --check--> all missing names at once
+//!                                     disks: new files --load--> checkpoint's content --publish--> the bound paths
+//! ```
+//!
+//! A disk is written to a new file, which takes the place of what has its name only when it is whole: a restore that
+//! fails leaves what was there.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use migrate::crashsafe::{Disk as Files, DiskError as FileError, Temp};
+
+use crate::devices::virtio::disk::{Disk, DiskError};
+use crate::devices::virtio::net::tap::{Tap, TapError};
+use crate::devices::virtio::setup::{Backing, DISK, Devices, NET};
+use crate::devices::virtio::state::{BlockState, DeviceState, VirtioState};
+
+/// The folder, in a VM's store, of disks that were bound to no file.
+const DISKS: &str = "disks";
+
+/// What logical names mean on this host: `disk:root` a file, `net:0` a TAP interface.
+pub type Bindings = BTreeMap<String, String>;
+
+/// Why the devices of a checkpoint cannot be had here.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Names without a binding.
+    #[error(
+        "the VM has devices that this host must provide: bind {} (a TAP interface for net:)",
+        .names.iter().map(|name| format!("--bind {name}=..")).collect::<Vec<_>>().join(" ")
+    )]
+    Missing {
+        /// All of them.
+        names: Vec<String>,
+    },
+    /// Bindings of names that the VM does not have.
+    #[error("the VM has no {}: it has {}", .names.join(", "), if .has.is_empty() { "no devices to bind".to_owned() } else { .has.join(", ") })]
+    Unknown {
+        /// All of them.
+        names: Vec<String>,
+        /// What it has.
+        has: Vec<String>,
+    },
+    /// A disk's file.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A disk's new file.
+    #[error("make the file of {name}")]
+    File {
+        /// The disk.
+        name: String,
+        /// What the system refused.
+        #[source]
+        source: FileError,
+    },
+    /// The folder of a disk's file.
+    #[error("make the folder {path:?}")]
+    Folder {
+        /// Which.
+        path: PathBuf,
+        /// The system's error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A network card.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+}
+
+/// A disk's file that has no name yet.
+#[derive(Debug)]
+pub(super) struct Filling {
+    name: String,
+    temp: Temp,
+    to: PathBuf,
+    /// What has the name now, locked: no VM may use it while it is about to go.
+    _old: Option<Arc<Disk>>,
+}
+
+/// Checks that each name is bound that must be, and each that is bound is there.
+pub(super) fn check(saved: &[VirtioState], bindings: &Bindings) -> Result<(), BindError> {
+    let bindable = |state: &&VirtioState| match state.device {
+        DeviceState::Block(_) | DeviceState::Net(_) => true,
+        DeviceState::Rng => false,
+    };
+    let has: Vec<String> = saved
+        .iter()
+        .filter(bindable)
+        .map(|state| state.name.clone())
+        .collect();
+    let unknown: Vec<String> = bindings
+        .keys()
+        .filter(|name| !has.contains(name))
+        .cloned()
+        .collect();
+    if !unknown.is_empty() {
+        return Err(BindError::Unknown { names: unknown, has });
+    }
+    let missing: Vec<String> = has
+        .into_iter()
+        .filter(|name| name.starts_with(NET) && !bindings.contains_key(name))
+        .collect();
+    if missing.is_empty() {
+        Ok(())
+    } else {
+        Err(BindError::Missing { names: missing })
+    }
+}
+
+/// Opens what this host has for the devices; a disk is a new file of its size, empty.
+pub(super) fn prepare(
+    saved: &[VirtioState],
+    bindings: &Bindings,
+    store: &Path,
+) -> Result<(Devices, Vec<Filling>), BindError> {
+    let mut filling = Vec::new();
+    let mut backings = Vec::new();
+    for state in saved {
+        backings.push(match &state.device {
+            DeviceState::Block(block) => {
+                let (disk, file) = new_disk(&state.name, block, bindings, store)?;
+                filling.push(file);
+                Backing::Disk {
+                    disk,
+                    flush: block.flush,
+                }
+            }
+            DeviceState::Net(net) => Backing::Net {
+                name: state.name.clone(),
+                tap: Tap::open(&state.name, bindings.get(&state.name).map_or("", String::as_str))?,
+                mac: net.mac,
+            },
+            DeviceState::Rng => Backing::Rng,
+        });
+    }
+    Ok((Devices::of(backings), filling))
+}
+
+fn new_disk(
+    name: &str,
+    block: &BlockState,
+    bindings: &Bindings,
+    store: &Path,
+) -> Result<(Arc<Disk>, Filling), BindError> {
+    let bound = bindings.get(name).map(PathBuf::from);
+    // A file somebody named may be all there is of an older state: what replaces it is on the disk first.
+    let files = if bound.is_some() {
+        Files::durable()
+    } else {
+        Files::unsynced()
+    };
+    let to = bound.unwrap_or_else(|| store.join(DISKS).join(format!("{}.raw", plain(name))));
+    let folder = to
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    if !folder.exists() {
+        std::fs::create_dir_all(folder).map_err(|source| BindError::Folder {
+            path: folder.to_owned(),
+            source,
+        })?;
+    }
+    let old = existing(name, &to)?;
+    let refused = |source| BindError::File {
+        name: name.to_owned(),
+        source,
+    };
+    let stem = format!(".{}.{}", plain(name), std::process::id());
+    let temp = files.temp(folder, &stem).map_err(refused)?;
+    let sized = temp
+        .file()
+        .set_len(block.bytes)
+        .and_then(|()| temp.file().try_clone());
+    let file: File = sized.map_err(|source| {
+        refused(FileError {
+            what: "size",
+            path: temp.path().to_owned(),
+            source,
+        })
+    })?;
+    let disk = Disk::from_file(name, &to, file, block.read_only)?;
+    Ok((
+        disk,
+        Filling {
+            name: name.to_owned(),
+            temp,
+            to,
+            _old: old,
+        },
+    ))
+}
+
+/// What has the name now, as long as no VM uses it.
+fn existing(name: &str, path: &Path) -> Result<Option<Arc<Disk>>, BindError> {
+    match std::fs::metadata(path) {
+        Err(_) => Ok(None),
+        Ok(found) if found.is_file() && found.len() == 0 => Ok(None),
+        Ok(found) if found.is_file() => Ok(Some(Disk::open(name, path, false)?)),
+        Ok(_) => Err(DiskError::Unfit {
+            name: name.to_owned(),
+            path: path.to_owned(),
+            why: "it is no regular file, which a restored disk could take the place of in one step".into(),
+        }
+        .into()),
+    }
+}
+
+/// A logical name as part of a file's name.
+fn plain(name: &str) -> String {
+    name.trim_start_matches(DISK)
+        .chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || "._-".contains(c) {
+                c
+            } else {
+                '_'
+            }
+        })
+        .collect()
+}
+
+/// Gives the disks, which are whole now, their names.
+pub(super) fn publish(filling: Vec<Filling>) -> Result<(), BindError> {
+    for Filling { name, temp, to, _old } in filling {
+        temp.replace(&to)
+            .map_err(|source| BindError::File { name, source })?;
+    }
+    Ok(())
+}
