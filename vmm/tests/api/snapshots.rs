@@ -63,7 +63,12 @@ async fn a_snapshot_is_loaded_into_another_vm_and_goes_on() {
         ),
         (
             json!({"snapshot_path": world.path("full"), "network_overrides": [{"iface_id": "eth0"}]}),
-            "network_overrides",
+            "host_dev_name",
+        ),
+        (
+            json!({"snapshot_path": world.path("full"),
+                   "network_overrides": [{"iface_id": "eth0", "host_dev_name": "tap0"}]}),
+            "net:eth0",
         ),
         (
             json!({"snapshot_path": world.path("full"), "resume": true}),

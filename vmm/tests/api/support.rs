@@ -46,7 +46,10 @@ impl World {
             store: self.path(&format!("store-{name}")),
             store_budget: None,
             generation: None,
-            trust: Default::default(),
+            trust: migrate::transport::IdentityArgs {
+                insecure_plaintext: true,
+                ..Default::default()
+            },
         };
         let socket = Socket::bind(&self.path(&format!("{name}.sock"))).unwrap();
         let instance = Instance::new(identity, VmConfig::default(), None);

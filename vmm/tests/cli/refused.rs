@@ -84,7 +84,13 @@ fn each_mistake_has_its_message() {
             vec!["/nonexistent/a"],
         ),
         (
-            vec!["--kernel", &ticker, "--protect-to", "127.0.0.1:1"],
+            vec![
+                "--kernel",
+                &ticker,
+                "--protect-to",
+                "127.0.0.1:1",
+                "--insecure-plaintext",
+            ],
             vec!["0 of 1 holders", "127.0.0.1:1", "standby serve"],
         ),
     ] {

@@ -134,6 +134,7 @@ fn the_one_line_for_the_agent() {
         "50ms",
         "--registry",
         "127.0.0.1:1",
+        "--insecure-plaintext",
     ];
     let rest = [
         "--store",

@@ -235,13 +235,6 @@ pub(in crate::api) async fn load(State(app): App, Body(request): Body<LoadSnapsh
 
 /// What is refused before anything is made of it.
 fn check_load(request: &LoadSnapshot) -> Result<(), Fault> {
-    if !request.network_overrides.is_empty() {
-        let why = format!(
-            "network_overrides is not supported by this version ({}): leave it out",
-            crate::PRODUCER
-        );
-        return Err(Fault::bad(why));
-    }
     let note = match (&request.mem_file_path, &request.mem_backend) {
         (Some(_), Some(_)) => return Err(Fault::bad("give mem_file_path or mem_backend, not both")),
         (
