@@ -74,19 +74,35 @@ fn kernels_memory_names_and_ports() {
     let agent = cluster.start_agent("alder", &[]).unwrap();
     let address = cluster.agents[agent].address.clone();
     let second = Command::new(&cluster.binaries.standby)
-        .args(["serve", "--name", "birch", "--listen", &address, "--data"])
+        .args([
+            "serve",
+            "--insecure-plaintext",
+            "--name",
+            "birch",
+            "--listen",
+            &address,
+            "--data",
+        ])
         .arg(folder.path().join("birch"))
         .output()
         .unwrap();
     refused(&second, &[&address]);
     let same_data = Command::new(&cluster.binaries.standby)
-        .args(["serve", "--name", "alder", "--listen", "127.0.0.1:0", "--data"])
+        .args([
+            "serve",
+            "--insecure-plaintext",
+            "--name",
+            "alder",
+            "--listen",
+            "127.0.0.1:0",
+            "--data",
+        ])
         .arg(&cluster.agents[agent].data)
         .output()
         .unwrap();
     refused(&same_data, &[cluster.agents[agent].data.to_str().unwrap()]);
     let nobody = Command::new(&cluster.binaries.standby)
-        .args(["ls", "--agent", "127.0.0.1:1"])
+        .args(["ls", "--insecure-plaintext", "--agent", "127.0.0.1:1"])
         .output()
         .unwrap();
     refused(&nobody, &["127.0.0.1:1", "standby serve"]);

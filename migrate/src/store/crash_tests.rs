@@ -205,6 +205,12 @@ fn live_and_collect(store: &Arc<FsStore>, segments: &Segments, said: &mut Said) 
     let archive = super::archive::archive_of(&segments[..3]);
     let imported = store.import(archive.as_slice()).map_err(|error| match error {
         ArchiveError::Store(error) => error,
+        // A write that the crash refused.
+        ArchiveError::Io { what, source } => StoreError::Io {
+            what,
+            path: "the archive".into(),
+            source,
+        },
         error => panic!("{error}"),
     })?;
     assert_eq!(imported.added, 3);
