@@ -19,6 +19,7 @@ fn config(name: &str, store: &Path) -> SessionConfig {
         checkpoints: Default::default(),
         protection: None,
         generation: None,
+        second_copy: false,
     }
 }
 

@@ -77,6 +77,10 @@ pub struct AgentConfig {
     pub vmm: Option<PathBuf>,
     /// Take the name over from a node that is gone for good.
     pub replace: bool,
+    /// Where the VMs it starts have their control sockets; `run` in the data directory when absent.
+    pub run_dir: Option<PathBuf>,
+    /// How long a VM that is taken over may take to run; by the length of its chain when absent.
+    pub restore_timeout: Option<Duration>,
     /// What it keeps, and how it looks after that.
     pub housekeeping: Housekeeping,
     /// What placement chooses by.
@@ -135,6 +139,8 @@ struct Inner {
     registry: Registry,
     registry_addr: RegistryAddr,
     vmm: Option<PathBuf>,
+    run_dir: PathBuf,
+    restore_timeout: Option<Duration>,
     sessions: Sessions,
     promotes: promote::UnderWay,
     /// Held while stored bytes are checked for another agent.
@@ -169,6 +175,8 @@ impl Agent {
             budget,
             vmm,
             replace,
+            run_dir,
+            restore_timeout,
             housekeeping,
             labels,
             etcd: access,
@@ -220,6 +228,8 @@ impl Agent {
             name,
             address,
             roles,
+            run_dir: run_dir.unwrap_or_else(|| data.join("run")),
+            restore_timeout,
             data,
             store,
             registry: backend.clone(),

@@ -112,6 +112,7 @@ async fn start(
             registry: None,
         }),
         generation: None,
+        second_copy: false,
     };
     let source = boot_source(lab, "churn", command_line);
     let session = Session::boot(config, machine(memory_mib), &source)

@@ -36,7 +36,12 @@ pub(crate) async fn agent(data: &Path) -> Result<Agent> {
         budget: None,
         vmm: None,
         replace: false,
+        run_dir: None,
+        restore_timeout: None,
         housekeeping: Default::default(),
+        labels: Default::default(),
+        etcd: Default::default(),
+        lease_ttl: migrate::agent::LEASE_TTL,
     };
     Agent::start(config).await.context("start an agent")
 }

@@ -48,14 +48,14 @@ impl Inspect {
                 .store
                 .clone()
                 .unwrap_or_else(|| rundir::default_store(&name.vm));
-            let reader = FsStore::open_read_only(&dir)
+            let reader = FsStore::open_chain(&dir, &name.vm, Some(&name))
                 .and_then(|store| store.open_segment(&name))
                 .map_err(SessionError::Store)?;
             return self.segment(&self.what, &reader);
         }
         if looks_like_a_path(self.what.as_os_str()) {
-            let file =
-                File::open(&self.what).map_err(CliError::io(format!("open the segment {:?}", self.what)))?;
+            let file = migrate::regular::open(&self.what)
+                .map_err(CliError::io(format!("open the segment {:?}", self.what)))?;
             let reader = SegmentReader::open(file).map_err(|source| CliError::Segment {
                 path: self.what.clone(),
                 source,

@@ -115,6 +115,7 @@ impl Run {
                 store: self.keeping.store(&name, &config),
                 store_budget: self.keeping.budget(),
                 generation: None,
+                second_copy: false,
                 name,
             },
             start: (!waits).then_some((Origin::Boot, true)),

@@ -46,6 +46,7 @@ impl World {
             store: self.path(&format!("store-{name}")),
             store_budget: None,
             generation: None,
+            second_copy: false,
         };
         let socket = Socket::bind(&self.path(&format!("{name}.sock"))).unwrap();
         let instance = Instance::new(identity, VmConfig::default(), None);
