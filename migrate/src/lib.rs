@@ -19,6 +19,7 @@ pub mod failover;
 pub mod lease;
 pub mod load;
 pub mod placement;
+pub mod places;
 pub mod protect;
 pub mod protocol;
 pub mod registry;

@@ -13,6 +13,7 @@
 
 mod calls;
 pub mod cli;
+mod forget;
 mod gather;
 mod housekeep;
 mod keep;
@@ -32,9 +33,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
-use tokio::task::JoinHandle;
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, JoinSet};
 
+use crate::places::{Place, Places};
 use crate::registry::{
     AccessError, Embedded, Etcd, EtcdAccess, NodeRecord, OpenError, Registry, RegistryAddr, RegistryError,
     Remote, Role, random_id, recall,
@@ -143,6 +145,7 @@ struct Inner {
     restore_timeout: Option<Duration>,
     sessions: Sessions,
     promotes: promote::UnderWay,
+    forgetting: forget::Forgetting,
     /// Held while stored bytes are checked for another agent.
     verifying: tokio::sync::Mutex<()>,
     housekeeper: housekeep::Housekeeper,
@@ -237,6 +240,7 @@ impl Agent {
             vmm,
             sessions: Sessions::default(),
             promotes: promote::UnderWay::default(),
+            forgetting: forget::Forgetting::default(),
             verifying: tokio::sync::Mutex::default(),
             housekeeper,
             connections: AtomicU32::new(0),
@@ -345,7 +349,8 @@ fn node_id(data: &Path) -> io::Result<[u8; 16]> {
 }
 
 async fn accept(inner: Arc<Inner>, listener: TcpListener) {
-    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let places = Places::new(MAX_CONNECTIONS);
+    let mut connections = JoinSet::new();
     let mut stop = inner.stop.clone();
     loop {
         let accepted = tokio::select! {
@@ -360,40 +365,47 @@ async fn accept(inner: Arc<Inner>, listener: TcpListener) {
                 continue;
             }
         };
-        let Ok(permit) = permits.clone().try_acquire_owned() else {
-            tracing::warn!(%peer, "refused: {MAX_CONNECTIONS} connections are open");
+        while connections.try_join_next().is_some() {}
+        let Some(place) = places.try_enter(&peer.ip().to_string()) else {
+            tracing::warn!(%peer, "refused: {MAX_CONNECTIONS} connections are at work");
             tokio::spawn(async move {
-                let why = format!("{MAX_CONNECTIONS} connections are open here: try again later");
+                let why = format!("{MAX_CONNECTIONS} connections are at work here: try again later");
                 Link::new(stream, "peer").reject(Reject::BUSY, &why).await;
             });
             continue;
         };
         let (inner, mut stop, peer) = (inner.clone(), stop.clone(), peer.to_string());
-        tokio::spawn(async move {
+        connections.spawn(async move {
             inner.connections.fetch_add(1, Ordering::Relaxed);
             tokio::select! {
-                () = greeted(&inner, stream, &peer) => {}
+                () = greeted(&inner, stream, &peer, &place) => {}
+                () = place.given_away() => tracing::debug!(peer, "idle: its place was given to another"),
                 _ = stop.changed() => {}
             }
             inner.connections.fetch_sub(1, Ordering::Relaxed);
-            drop(permit);
         });
     }
     drop(listener);
     // All of them: their tasks end by `stop`.
-    let _ = tokio::time::timeout(SHUTDOWN, permits.acquire_many(MAX_CONNECTIONS as u32)).await;
+    let all = async { while connections.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(SHUTDOWN, all).await;
 }
 
-async fn greeted(inner: &Arc<Inner>, stream: TcpStream, peer: &str) {
+async fn greeted(inner: &Arc<Inner>, stream: TcpStream, peer: &str, place: &Place) {
     if let Err(error) = stream.set_nodelay(true) {
         return tracing::debug!(peer, %error, "a connection broke at once");
     }
-    if let Err(error) = serve(inner, stream, peer).await {
+    if let Err(error) = serve(inner, stream, peer, place).await {
         tracing::debug!(peer, error = %in_full(&error), "a connection ended");
     }
 }
 
-async fn serve<S: ByteStream>(inner: &Arc<Inner>, stream: S, peer: &str) -> Result<(), TransportError> {
+async fn serve<S: ByteStream>(
+    inner: &Arc<Inner>,
+    stream: S,
+    peer: &str,
+    place: &Place,
+) -> Result<(), TransportError> {
     let mut link = Link::new(stream, peer);
     let (hello, version) = expect_hello(&mut link, "").await?;
     let welcome = Welcome {
@@ -408,10 +420,12 @@ async fn serve<S: ByteStream>(inner: &Arc<Inner>, stream: S, peer: &str) -> Resu
     link.writer.send(0, &Message::Welcome(welcome)).await?;
     match hello.purpose {
         Purpose::Ship => {
+            // An owner that is silent is dead, and its connection ended by that.
+            let _busy = place.busy();
             replicate::serve(inner.clone(), link).await;
             Ok(())
         }
-        Purpose::Call => calls::serve(inner.clone(), link).await,
+        Purpose::Call => calls::serve(inner.clone(), link, place).await,
     }
 }
 

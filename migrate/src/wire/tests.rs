@@ -359,6 +359,7 @@ fn calls() -> Vec<Message> {
             vm: vm(),
             force: true,
             only_here: false,
+            wait_ms: None,
         }),
         Call::Fetch(NameCall { name: name(1) }),
     ];

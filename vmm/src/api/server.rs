@@ -8,11 +8,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use http_body_util::BodyExt;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use migrate::places::{Place, Places};
 use rustix::fs::Mode;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::instance::Instance;
@@ -20,7 +22,7 @@ use super::routes;
 
 /// The longest path of a Unix socket: `sun_path` has 108 bytes, and one ends it.
 pub const MAX_SOCKET_PATH_BYTES: usize = 107;
-/// Connections served at once; more wait in the socket's queue.
+/// Connections served at once; beyond, an idle one gives way.
 const MAX_CONNECTIONS: usize = 64;
 /// Headers of a request.
 const MAX_HEADERS: usize = 64;
@@ -200,15 +202,16 @@ impl Server {
 
 async fn accept(listener: UnixListener, instance: Arc<Instance>, mut stop: watch::Receiver<bool>) {
     let router = routes::router(instance);
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let places = Places::new(MAX_CONNECTIONS);
     let mut connections = JoinSet::new();
     loop {
-        // Never closed, so a place always comes.
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
-            break;
-        };
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
+            _ = stop.wait_for(|stop| *stop) => break,
+        };
+        // An idle one gives way; when all are at work, the next waits for its turn here, and others in the queue.
+        let place = tokio::select! {
+            place = places.enter("") => place,
             _ = stop.wait_for(|stop| *stop) => break,
         };
         while connections.try_join_next().is_some() {}
@@ -216,8 +219,10 @@ async fn accept(listener: UnixListener, instance: Arc<Instance>, mut stop: watch
             Ok((stream, _)) => {
                 let (router, stop) = (router.clone(), stop.clone());
                 connections.spawn(async move {
-                    serve(stream, router, stop).await;
-                    drop(place);
+                    tokio::select! {
+                        () = serve(stream, marked(router, &place), stop) => {}
+                        () = place.given_away() => tracing::debug!("an idle control connection gave way"),
+                    }
                 });
             }
             Err(error) => {
@@ -230,6 +235,25 @@ async fn accept(listener: UnixListener, instance: Arc<Instance>, mut stop: watch
     if tokio::time::timeout(GRACE, all).await.is_err() {
         connections.shutdown().await;
     }
+}
+
+/// Every request marks its connection as at work, until the last of its answer is sent.
+fn marked(router: axum::Router, place: &Place) -> axum::Router {
+    let busy = place.marker();
+    router.layer(axum::middleware::from_fn(
+        move |request: axum::extract::Request, next: axum::middleware::Next| {
+            let busy = busy();
+            async move {
+                next.run(request).await.map(|body| {
+                    axum::body::Body::new(body.map_frame(move |frame| {
+                        // Held for as long as there is a body to send.
+                        let _held = &busy;
+                        frame
+                    }))
+                })
+            }
+        },
+    ))
 }
 
 async fn serve(stream: UnixStream, router: axum::Router, mut stop: watch::Receiver<bool>) {
