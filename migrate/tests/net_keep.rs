@@ -9,6 +9,7 @@ use migrate::agent::{Agent, Housekeeping};
 use migrate::registry::RegistryAddr;
 use migrate::transport::Client;
 use migrate::wire::{Call, FoldCall, KeepCall, Reply, VerifyCall};
+use net_common::process::{standby, stderr, stdout};
 use net_common::{Owner, agent_with, config, create, first_agent, name, put, tester, vm};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -218,4 +219,65 @@ async fn a_full_holder_frees_what_the_policy_does_not_keep_before_it_refuses() {
     assert_eq!(newest, owner.name(30));
     owner.shipper.stop().await;
     a.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_point_moves_between_agents_as_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = first_agent(dir.path()).await;
+    fill(&a, 5);
+    let cli = |agent: &Agent, args: &[&str]| {
+        let mut all = args.to_vec();
+        all.extend(["--agent", agent.address()]);
+        standby(&all)
+    };
+    let listed = cli(&a, &["ls", "web"]);
+    assert!(
+        stdout(&listed).contains("5 restore points; the agent's policy all keeps 5"),
+        "{listed:?}"
+    );
+    let file = dir.path().join("web.tar");
+    let file = file.to_str().unwrap();
+    let made = cli(&a, &["export", "web@4", file]);
+    assert!(
+        made.status.success() && stdout(&made).contains("web/1/4, 4 links"),
+        "{made:?}"
+    );
+    let again = cli(&a, &["export", "web", file]);
+    assert!(
+        !again.status.success() && stderr(&again).contains("is there already"),
+        "{again:?}"
+    );
+    let none = cli(&a, &["export", "web@9", "x.tar"]);
+    assert!(stderr(&none).contains("no complete checkpoint 9"), "{none:?}");
+
+    let b = agent_with(dir.path(), "b", &a).await;
+    let taken = cli(&b, &["import", file]);
+    assert!(
+        stdout(&taken).contains("web/1/4 is here: 4 links are new"),
+        "{taken:?}"
+    );
+    assert_eq!(
+        b.store().newest_complete(&vm("web")).unwrap().name,
+        name("web", 1, 4)
+    );
+    let taken = cli(&b, &["import", file]);
+    assert!(
+        stdout(&taken).contains("0 links are new, 4 were here"),
+        "{taken:?}"
+    );
+    // Cut off, and larger than what waits in between: nothing of it is there, and it is said why.
+    let mut bytes = std::fs::read(file).unwrap();
+    bytes.truncate(bytes.len() - 2048);
+    std::fs::write(file, bytes).unwrap();
+    let c = agent_with(dir.path(), "c", &a).await;
+    let refused = cli(&c, &["import", file]);
+    assert!(
+        !refused.status.success() && stderr(&refused).contains("archive"),
+        "{refused:?}"
+    );
+    assert_eq!(c.store().all().len(), 0);
+    for agent in [a, b, c] {
+        agent.stop().await;
+    }
 }

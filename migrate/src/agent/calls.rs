@@ -57,6 +57,13 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, mut link: Link<S>) -
                 return Ok(());
             }
         };
+        if let Call::Import(_) = call {
+            let reply = keep::import(&inner, &mut link, next.stream).await?;
+            link.writer
+                .send(next.stream, &Message::Reply(Box::new(reply)))
+                .await?;
+            continue;
+        }
         let mut answering = std::pin::pin!(answer(inner.clone(), call, &mut leases));
         let (reply, file) = loop {
             tokio::select! {
@@ -107,6 +114,10 @@ async fn answer(inner: Arc<Inner>, call: Call, leases: &mut Leases) -> Answer {
         Call::Holding(call) => holding(&inner, call).await,
         Call::Keep(call) => keep::keep(&inner, call).await.map(Reply::Kept),
         Call::Fold(call) => keep::fold(&inner, call).await.map(Reply::Folded),
+        // Taken before, with what follows it.
+        Call::Import(_) => Err(Failure {
+            why: "an import without an archive".into(),
+        }),
         Call::Verify(call) => keep::verify(&inner, call).await.map(Reply::Verified),
         Call::Fetch(call) => {
             // The rest of the chain will be asked for next, link by link.

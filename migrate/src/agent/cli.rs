@@ -69,6 +69,10 @@ enum Command {
     Fold(store::Fold),
     /// Read stored segments again, check every byte, and fetch damaged ones from other holders.
     Verify(store::Verify),
+    /// Write a restore point with all it stands on to one file.
+    Export(store::Export),
+    /// Take a restore point from a file that `export` made: checked whole before anything is stored.
+    Import(store::Import),
     /// Show one segment.
     Show {
         /// Its name: VM/GENERATION/EPOCH.
@@ -274,6 +278,8 @@ impl Cli {
             Command::Keep(keep) => keep.run(&agent).await,
             Command::Fold(fold) => fold.run(&agent).await,
             Command::Verify(verify) => verify.run(&agent).await,
+            Command::Export(export) => export.run(&agent).await,
+            Command::Import(import) => import.run(&agent).await,
             Command::Show { segment, json } => show(&agent, segment, json).await,
             Command::Promote {
                 vm,

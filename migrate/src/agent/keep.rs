@@ -1,22 +1,29 @@
 //! Calls about what the store keeps: policies, folding and checking by hand.
 
+use std::io::Read;
 use std::sync::Arc;
 use std::time::Duration;
 
 use segment::{SegmentName, VmId};
+use tokio::sync::mpsc;
 
 use super::calls::brief;
 use super::housekeep::{FOLD_LEVEL, check_one};
 use super::{Inner, blocking};
 use crate::registry::{RegistryError, random_id};
 use crate::store::{Health, KeepPolicy, Lineage, Pace, StoreError};
-use crate::transport::{Client, in_full};
-use crate::wire::{Call, Failure, FoldCall, FoldReport, KeepCall, KeepReport, VerifyCall, VerifyReport};
+use crate::transport::{ByteStream, Client, Link, PING_EVERY, TransportError, in_full};
+use crate::wire::{
+    Call, Failure, FoldCall, FoldReport, ImportReport, KeepCall, KeepReport, Message, Ping, Reject, Reply,
+    VerifyCall, VerifyReport,
+};
 
 /// How long another holder may take to change its policy.
 const KEEP_DEADLINE: Duration = Duration::from_secs(10);
 /// The most problems one report lists.
 const MAX_PROBLEMS: usize = 1000;
+/// The most pieces of an archive that wait for the disk.
+const IMPORT_QUEUE: usize = 8;
 /// What stands for the agent's own policy.
 const DEFAULT: &str = "default";
 
@@ -196,4 +203,79 @@ fn choose(names: &mut Vec<SegmentName>, count: usize) {
         left -= 1;
     }
     names.truncate(count);
+}
+
+/// The pieces of an archive as they come in.
+struct Pieces {
+    incoming: mpsc::Receiver<Vec<u8>>,
+    piece: std::io::Cursor<Vec<u8>>,
+}
+
+impl Read for Pieces {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        loop {
+            let read = self.piece.read(buf)?;
+            if read > 0 || buf.is_empty() {
+                return Ok(read);
+            }
+            match self.incoming.blocking_recv() {
+                Some(next) => self.piece = std::io::Cursor::new(next),
+                None => return Ok(0),
+            }
+        }
+    }
+}
+
+/// Takes an archive, which comes as chunks on `stream`.
+pub(super) async fn import<S: ByteStream>(
+    inner: &Arc<Inner>,
+    link: &mut Link<S>,
+    stream: u32,
+) -> Result<Reply, TransportError> {
+    let (pieces, incoming) = mpsc::channel(IMPORT_QUEUE);
+    let store = inner.store.clone();
+    let mut working = tokio::task::spawn_blocking(move || {
+        store.import(Pieces {
+            incoming,
+            piece: std::io::Cursor::new(Vec::new()),
+        })
+    });
+    loop {
+        let next = link.reader.next().await?;
+        match next.message {
+            // When the import has failed already, the rest is read for nobody: the caller hears of it at the end.
+            Message::Chunk(piece) if next.stream == stream => drop(pieces.send(piece).await),
+            Message::End(_) if next.stream == stream => break,
+            Message::Ping(_) => {}
+            other => {
+                let why = format!(
+                    "{} came where a piece of the archive was due",
+                    other.kind().name()
+                );
+                link.reject(Reject::PROTOCOL, &why).await;
+                return Ok(Reply::Failed(Failure { why }));
+            }
+        }
+    }
+    drop(pieces);
+    let imported = loop {
+        tokio::select! {
+            done = &mut working => break done,
+            () = tokio::time::sleep(PING_EVERY) => link.writer.send(0, &Message::Ping(Ping {})).await?,
+        }
+    };
+    Ok(match imported {
+        Ok(Ok(imported)) => {
+            tracing::info!(tip = %imported.tip.name, added = imported.added, held = imported.held, "imported");
+            Reply::Imported(ImportReport {
+                segment: brief(&inner.store, &imported.tip),
+                added: imported.added,
+                held: imported.held,
+            })
+        }
+        Ok(Err(error)) => Reply::Failed(Failure { why: in_full(&error) }),
+        Err(e) => Reply::Failed(Failure {
+            why: format!("the import failed inside: {e}"),
+        }),
+    })
 }

@@ -20,7 +20,7 @@ fn table(header: &[&str]) -> Table {
     table
 }
 
-fn size(bytes: u64) -> String {
+pub(super) fn size(bytes: u64) -> String {
     ByteSize(bytes).display().iec().to_string()
 }
 

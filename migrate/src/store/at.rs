@@ -1,4 +1,4 @@
-//! Which restore point a person means: by time, by age, or by number. Pure.
+//! Which restore point a person means: by time, by age, or by number.
 //!
 //! ```text
 //! 2026-11-24T09:30:00Z   the newest at or before it     -10m, -2h30m   so long ago, the same
@@ -100,6 +100,13 @@ fn time(unix_ns: u64) -> String {
 }
 
 impl Moment {
+    /// Now, in nanoseconds of Unix time.
+    #[must_use]
+    pub fn now() -> u64 {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        now.map_or(0, |now| u64::try_from(now.as_nanos()).unwrap_or(u64::MAX))
+    }
+
     /// The restore point that is meant, of all of `vm`'s: the newest taken at or before a time, or the one with the
     /// numbers. Of several taken at one time the newest by its numbers.
     ///

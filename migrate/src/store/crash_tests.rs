@@ -201,6 +201,21 @@ fn live_and_collect(store: &Arc<FsStore>, segments: &Segments, said: &mut Said) 
         store.set_policy(&vm("web"), Some(keep))?;
         assert_eq!(store.all().len(), 3);
     }
+    // What was dropped comes back from an archive.
+    let archive = super::archive::archive_of(&segments[..3]);
+    let imported = store.import(archive.as_slice()).map_err(|error| match error {
+        ArchiveError::Store(error) => error,
+        // A write that the crash refused.
+        ArchiveError::Io { what, source } => StoreError::Io {
+            what,
+            path: "the archive".into(),
+            source,
+        },
+        error => panic!("{error}"),
+    })?;
+    assert_eq!(imported.added, 3);
+    let back: Vec<_> = segments[..3].iter().map(|(name, _)| name.clone()).collect();
+    said.going.retain(|name| !back.contains(name));
     Ok(())
 }
 

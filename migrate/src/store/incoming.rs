@@ -100,15 +100,18 @@ impl Incoming {
     /// name was taken by another checkpoint meanwhile, and what the disk says. When the very same checkpoint was
     /// stored meanwhile, that is no error: the proof is that of what is held.
     pub fn commit(self) -> Result<Stored, StoreError> {
-        let entry = {
-            let reader = self.open()?;
-            reader.verify().map_err(|source| StoreError::Damaged {
-                name: self.name.clone(),
-                source,
-            })?;
-            Entry::of(&reader)
-        };
+        let entry = self.check()?;
         self.publish(entry)
+    }
+
+    /// Verifies every byte of it; what it is.
+    pub(super) fn check(&self) -> Result<Entry, StoreError> {
+        let reader = self.open()?;
+        reader.verify().map_err(|source| StoreError::Damaged {
+            name: self.name.clone(),
+            source,
+        })?;
+        Ok(Entry::of(&reader))
     }
 
     /// The same for what this process has just encoded itself: what it wrote is `summary`, so the frames are not read
@@ -145,7 +148,8 @@ impl Incoming {
         Ok(reader)
     }
 
-    fn publish(mut self, entry: Entry) -> Result<Stored, StoreError> {
+    /// Gives it its name: `entry` is what is in it, and was checked.
+    pub(super) fn publish(mut self, entry: Entry) -> Result<Stored, StoreError> {
         let store = self.store.clone();
         let to_error = |e| store.disk_error(e);
         // Before the gate: this is what takes long, and other names of the VM need not wait for it.

@@ -30,6 +30,7 @@
 //! Order: gate, then index. Neither is held while bytes are copied.
 
 mod acked;
+mod archive;
 mod at;
 mod collect;
 mod collector;
@@ -66,6 +67,7 @@ use segment::{
     CheckpointId, Digest, Epoch, Generation, Kind, ReadAt, SegmentName, SegmentReader, Summary, VmId, limits,
 };
 
+pub use archive::{ArchiveError, ArchiveWriter, Imported};
 pub use at::{Moment, MomentError};
 pub use collect::{CollectAction, CollectRules, plan_collect};
 pub use collector::{CollectOptions, Collected};

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{ByteStream, DEAD_AFTER, Identity, Link, Stream, TransportError, connect, greet, within};
-use crate::wire::{Call, Failure, Fenced, Message, Purpose, Reply, Welcome};
+use crate::wire::{Call, End, Failure, Fenced, Message, Purpose, Reply, Welcome};
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -89,9 +89,47 @@ impl<S: ByteStream> Client<S> {
         self.last = self.last.wrapping_add(1);
         let stream = self.last;
         let peer = self.link.peer().to_owned();
+        let question = Message::Call(Box::new(call));
+        let sent = self.link.writer.send(stream, &question);
+        within(&peer, "take the question", deadline, sent).await?;
+        self.answer(stream, deadline).await
+    }
+
+    /// Asks with a file that follows in pieces; `next` gives them, none at the end. As [`Self::call`] otherwise.
+    ///
+    /// # Errors
+    /// As [`Self::call`], and what `next` says.
+    pub async fn call_with_file(
+        &mut self,
+        call: Call,
+        mut next: impl FnMut() -> std::io::Result<Option<Vec<u8>>>,
+        deadline: Duration,
+    ) -> Result<Reply, CallError> {
+        self.last = self.last.wrapping_add(1);
+        let stream = self.last;
+        let peer = self.link.peer().to_owned();
+        let writer = &mut self.link.writer;
+        writer.send(stream, &Message::Call(Box::new(call))).await?;
+        while let Some(piece) = next().map_err(|e| Failure {
+            why: format!("read what is to be sent: {e}"),
+        })? {
+            within(
+                &peer,
+                "take the next piece",
+                DEAD_AFTER,
+                writer.send(stream, &Message::Chunk(piece)),
+            )
+            .await?;
+        }
+        writer.send(stream, &Message::End(End {})).await?;
+        self.answer(stream, deadline).await
+    }
+
+    /// Waits for the answer on `stream`.
+    async fn answer(&mut self, stream: u32, deadline: Duration) -> Result<Reply, CallError> {
+        let peer = self.link.peer().to_owned();
         let link = &mut self.link;
         let answer = within(&peer, "answer", deadline, async {
-            link.writer.send(stream, &Message::Call(Box::new(call))).await?;
             loop {
                 let incoming = within(&peer, "say that it lives", DEAD_AFTER, link.reader.next()).await?;
                 match incoming.message {

@@ -49,6 +49,9 @@ pub enum Call {
     /// Read stored segments again, and check every byte.
     #[n(11)]
     Verify(#[n(0)] VerifyCall),
+    /// Take the archive of a restore point, which follows as chunks on the call's stream, ended by `End`.
+    #[n(12)]
+    Import(#[n(0)] Nothing),
 }
 
 /// An answer.
@@ -96,6 +99,9 @@ pub enum Reply {
     /// What the check found.
     #[n(13)]
     Verified(#[n(0)] VerifyReport),
+    /// The restore point is here.
+    #[n(14)]
+    Imported(#[n(0)] ImportReport),
 }
 
 /// Nothing to say beyond the question itself.
@@ -321,6 +327,21 @@ pub struct VerifyReport {
     /// Restore points whose chain is not whole here.
     #[n(5)]
     pub incomplete: u64,
+}
+
+/// What was imported.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct ImportReport {
+    /// The restore point.
+    #[n(0)]
+    pub segment: SegmentBrief,
+    /// Links that are new here.
+    #[n(1)]
+    pub added: u64,
+    /// Links that were here already.
+    #[n(2)]
+    pub held: u64,
 }
 
 /// A stored segment in short.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use migrate::store::{FsStore, StoreError};
+use migrate::store::{FsStore, Lineage, Moment, MomentError, StoreError};
 use segment::{Generation, SegmentName, SegmentReader, VmId};
 
 use super::host::{self, Audience, Host};
@@ -31,8 +31,9 @@ pub(super) struct Restore {
     /// The checkpoint, <vm>/<generation>/<epoch> [default: the newest that is whole]
     #[arg(long, value_name = "NAME")]
     segment: Option<SegmentName>,
-    /// A VM or a checkpoint in the store, or the segment files of a chain
-    #[arg(value_name = "VM|CHECKPOINT|FILES")]
+    /// A VM or a checkpoint in the store, VM@TIME (like web@-10m, web@2026-11-24T09:30:00Z, web@42, web@3/42: the newest
+    /// at or before it), or the segment files of a chain
+    #[arg(value_name = "VM|CHECKPOINT|VM@TIME|FILES")]
     what: Vec<PathBuf>,
     /// The VM's id here [default: as in the checkpoint]
     #[arg(long)]
@@ -128,6 +129,9 @@ impl Restore {
             _ => None,
         };
         if let Some(one) = one.filter(|_| self.segment.is_none()) {
+            if let Some((vm, moment)) = one.split_once('@') {
+                return self.at(given, VmId::new(vm)?, moment, config);
+            }
             if let Ok(segment) = one.parse::<SegmentName>() {
                 return Ok(self.in_store(given, segment.vm.clone(), Some(segment), config));
             }
@@ -177,6 +181,34 @@ impl Restore {
                 chosen: true,
             },
         }
+    }
+
+    /// The restore point of `vm` that `moment` means.
+    fn at(&self, given: Option<VmId>, vm: VmId, moment: &str, config: &VmConfig) -> Result<Wanted, CliError> {
+        let said = |error: MomentError| CliError::Said(error.to_string());
+        let moment: Moment = moment.parse().map_err(said)?;
+        if self.from.is_some() && self.generation.is_none() && given.as_ref().is_none_or(|name| *name == vm) {
+            // It would be a second VM of that name beside the one that the store is a holder of.
+            return Err(CliError::Said(format!(
+                "a restore point of {vm} from another store is a copy: give it a name of its own with --name"
+            )));
+        }
+        let dir = self.source(&vm, config);
+        let points = match FsStore::open_read_only(&dir) {
+            Ok(store) => Lineage::new(store.entries(&vm)).points(),
+            Err(StoreError::NoStore { .. }) => return Err(SessionError::NothingToRestore { dir, vm }.into()),
+            Err(error) => return Err(SessionError::Store(error).into()),
+        };
+        let now = Moment::now();
+        let point = moment.choose(&vm, &points, now).map_err(said)?;
+        if !self.manner.detached_child {
+            let age =
+                std::time::Duration::from_secs(now.saturating_sub(point.created_unix_ns) / 1_000_000_000);
+            let age = humantime::format_duration(age);
+            eprintln!("{vm}@{moment} is {}, taken {age} ago", point.name);
+        }
+        let segment = Some(point.name.clone());
+        Ok(self.in_store(given, vm, segment, config))
     }
 
     /// The newest whole checkpoint of `vm`, found here: under another name the session would look for that one's.

@@ -52,8 +52,20 @@ fn a_vm_goes_on_from_its_newest_checkpoint() {
 fn an_earlier_checkpoint_becomes_another_vm() {
     let world = World::new();
     let tick = checkpointed(&world);
+    // By time or number.
+    let refused = |args: &[&str], parts: &[&str]| world.vmm(args).refused(parts);
+    refused(
+        &["restore", "web@-1h", "--name", "copy"],
+        &["web has no restore point at or before", "the oldest is web/1/1"],
+    );
+    refused(
+        &["restore", "web@yesterday", "--name", "copy"],
+        &["yesterday", "-10m"],
+    );
+    let store = world.text("state/understudy/vms/web");
+    refused(&["restore", "web@1", "--from", &store], &["--name"]);
     let said = world
-        .vmm(&["restore", "web/1/1", "--name", "copy", "--detach"])
+        .vmm(&["restore", "web@1", "--name", "copy", "--detach"])
         .ok();
     assert!(said.starts_with("copy: running from web/1/1"), "{said}");
     let text = wait_for("the copy to go on", || {
