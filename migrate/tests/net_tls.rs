@@ -10,12 +10,14 @@ use std::time::{Duration, SystemTime};
 
 use migrate::agent::Agent;
 use migrate::ca::{self, NewCertificate};
-use migrate::registry::{Registry, RegistryAddr};
+use migrate::registry::{NewVm, Registry, RegistryAddr, RegistryError, VmState};
+use migrate::shipper::{HolderState, Shipper, ShipperConfig};
 use migrate::transport::{
-    CertRole, Identity, Link, NodeIdentity, Peer, TransportError, connect, expect_hello, in_full,
+    CertRole, Client, Identity, Link, NodeIdentity, Peer, TransportError, connect, expect_hello, in_full,
 };
-use migrate::wire::{Message, Purpose, Welcome};
+use migrate::wire::{Call, Message, NameCall, PromoteCall, Purpose, SealCall, Welcome};
 use net_common::*;
+use segment::Generation;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -417,34 +419,57 @@ async fn own_certificates_get_their_roles_from_a_table() {
     );
 }
 
+/// An agent with a certificate, and its address.
+async fn agent(lab: &Authority, dir: &Path, node: &str, registry: Option<&Agent>, at: Option<&str>) -> Agent {
+    let registry = match registry {
+        None => RegistryAddr::Embedded,
+        Some(agent) => RegistryAddr::Agent(agent.address().to_owned()),
+    };
+    served(lab, dir, node, registry, at).await
+}
+
+async fn served(lab: &Authority, dir: &Path, node: &str, registry: RegistryAddr, at: Option<&str>) -> Agent {
+    let mut config = config(dir, node, registry);
+    config.identity = lab.issue(node, NODE);
+    if let Some(at) = at {
+        config.listen = at.to_owned();
+    }
+    Agent::start(config).await.unwrap()
+}
+
+/// A VM that `identity` owns, and ships from.
+async fn owner(dir: &Path, registry: &Agent, holders: &[&str], quorum: usize, identity: &Identity) -> Owner {
+    let registry = Registry::remote(registry.address(), identity);
+    let new = NewVm {
+        vm: vm("web"),
+        owner: identity.name().to_owned(),
+        holders: holders.iter().map(|h| (*h).to_owned()).collect(),
+        ack_quorum: quorum as u32,
+        every_ms: 200,
+        policy: None,
+    };
+    let generation = registry.create_vm(new).await.unwrap().generation;
+    Owner::tuned(
+        dir,
+        "web",
+        generation,
+        holders,
+        quorum,
+        Some(registry),
+        |config| {
+            config.identity = identity.clone();
+        },
+    )
+}
+
 #[tokio::test]
 async fn segments_go_from_an_owner_to_agents_over_tls() {
     let lab = Authority::new("lab");
     let dir = tempfile::tempdir().unwrap();
-    let start = async |node: &str, registry: RegistryAddr| {
-        let config = migrate::agent::AgentConfig {
-            identity: lab.issue(node, NODE),
-            ..config(dir.path(), node, registry)
-        };
-        Agent::start(config).await.unwrap()
-    };
-    let a = start("a", RegistryAddr::Embedded).await;
-    let b = start("b", RegistryAddr::Agent(a.address().to_owned())).await;
-    let oak = lab.issue("owner", &[CertRole::Owner]);
-    let registry = Registry::remote(b.address(), &oak);
-    assert!(registry.list_nodes(None, 10).await.is_err(), "b does not keep it");
-    let registry = Registry::remote(a.address(), &oak);
-    let holders = [a.address(), b.address()];
-    let generation = create(&registry, "web", &holders, 2).await;
-    let mut owner = Owner::tuned(
-        dir.path(),
-        "web",
-        generation,
-        &holders,
-        2,
-        Some(registry.clone()),
-        |config| config.identity = oak.clone(),
-    );
+    let a = agent(&lab, dir.path(), "a", None, None).await;
+    let b = agent(&lab, dir.path(), "b", Some(&a), None).await;
+    let oak = lab.issue("oak", &[CertRole::Owner]);
+    let mut owner = owner(dir.path(), &a, &[a.address(), b.address()], 2, &oak).await;
     // Larger than what is sent without being asked for, so that both directions are busy.
     for pages in [4000, 3, 5] {
         let name = owner.take(pages);
@@ -453,6 +478,119 @@ async fn segments_go_from_an_owner_to_agents_over_tls() {
     owner.shipper.stop().await;
     assert_eq!(a.store().entries(&vm("web")).len(), 3);
     a.stop().await;
+    b.stop().await;
+}
+
+#[tokio::test]
+async fn nobody_ships_or_changes_what_is_another_owners() {
+    let lab = Authority::new("lab");
+    let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let a = agent(&lab, dir.path(), "a", None, None).await;
+    let (oak, elm) = (
+        lab.issue("oak", &[CertRole::Owner]),
+        lab.issue("elm", &[CertRole::Owner]),
+    );
+    let mut mine = owner(dir.path(), &a, &[a.address()], 1, &oak).await;
+    let name = mine.take(3);
+    mine.wait_committed(&name).await;
+
+    // With a certificate of the cluster, and the right generation.
+    let generation = mine.generation;
+    let tune = |config: &mut ShipperConfig| config.identity = elm.clone();
+    let mut thief = Owner::tuned(other.path(), "web", generation, &[a.address()], 1, None, tune);
+    thief.take(3);
+    let why = |shipper: &Shipper| match &shipper.status().holders[0].state {
+        HolderState::Unreachable { why } => why.clone(),
+        other => format!("{other:?}"),
+    };
+    eventually("the thief is refused", || {
+        why(&thief.shipper).contains("elm may not ship a VM of oak")
+    })
+    .await;
+    // It neither stopped the owner nor took its place.
+    let name = mine.take(3);
+    mine.wait_committed(&name).await;
+    assert_eq!(a.store().promised(&vm("web")), generation);
+
+    // Nor may it change the record, take the VM over, promote or forget it, or read its memory.
+    let registry = Registry::remote(a.address(), &elm);
+    let told = |e: RegistryError| e.to_string();
+    let stopped = registry
+        .set_vm_state(&vm("web"), generation, VmState::Stopped)
+        .await;
+    has(&told(stopped.unwrap_err()), &["elm", "oak"]);
+    let raised = registry.raise_generation(&vm("web"), generation, "elm").await;
+    has(&told(raised.unwrap_err()), &["elm", "execute"]);
+    let raised = registry.raise_generation(&vm("web"), generation, "oak").await;
+    has(&told(raised.unwrap_err()), &["elm", "oak"]);
+    has(
+        &told(registry.forget_vm(&vm("web"), true).await.unwrap_err()),
+        &["elm", "operator"],
+    );
+    let mut client = Client::connect(a.address(), &elm).await.unwrap();
+    let vm = vm("web");
+    let seal = Call::Seal(SealCall {
+        vm: vm.clone(),
+        generation: Generation(u64::MAX),
+    });
+    let promote = Call::Promote(PromoteCall {
+        vm: vm.clone(),
+        dry_run: true,
+        accept_loss: false,
+    });
+    for (call, role) in [
+        (Call::Fetch(NameCall { name: name.clone() }), "execute or store"),
+        (seal, "execute"),
+        (promote, "operator"),
+    ] {
+        let refused = client.call(call, PATIENCE).await.unwrap_err();
+        has(
+            &refused.to_string(),
+            &["elm may not", role, "its certificate has owner"],
+        );
+    }
+    // One that may seal, seals no generation that was not given out.
+    let birch = lab.issue("birch", NODE);
+    let mut client = Client::connect(a.address(), &birch).await.unwrap();
+    let seal = |generation| {
+        Call::Seal(SealCall {
+            vm: vm.clone(),
+            generation,
+        })
+    };
+    let far = client
+        .call(seal(Generation(u64::MAX)), PATIENCE)
+        .await
+        .unwrap_err();
+    has(&far.to_string(), &["never given out"]);
+    let same = client.call(seal(generation), PATIENCE).await.unwrap_err();
+    has(&same.to_string(), &["birch may not seal a VM of oak"]);
+    assert_eq!(a.store().promised(&vm), generation);
+    mine.shipper.stop().await;
+    thief.shipper.stop().await;
+    a.stop().await;
+}
+
+#[tokio::test]
+async fn an_owner_goes_on_while_the_registry_is_away() {
+    let lab = Authority::new("lab");
+    let dir = tempfile::tempdir().unwrap();
+    let a = agent(&lab, dir.path(), "a", None, None).await;
+    let b = agent(&lab, dir.path(), "b", Some(&a), None).await;
+    let oak = lab.issue("oak", &[CertRole::Owner]);
+    let mut mine = owner(dir.path(), &a, &[b.address()], 1, &oak).await;
+    let name = mine.take(3);
+    mine.wait_committed(&name).await;
+
+    let registry = RegistryAddr::Agent(a.address().to_owned());
+    let address = b.address().to_owned();
+    a.stop().await;
+    // The holder forgets what it had in memory, too.
+    b.stop().await;
+    let b = served(&lab, dir.path(), "b", registry, Some(&address)).await;
+    let name = mine.take(3);
+    mine.wait_committed(&name).await;
+    mine.shipper.stop().await;
     b.stop().await;
 }
 

@@ -11,12 +11,16 @@
 //!
 //! What it never does: it never opens /dev/kvm, and it promotes nothing that nobody asked it to.
 
+mod authority;
+#[cfg(test)]
+mod authority_tests;
 mod calls;
 pub mod cli;
 mod gather;
 mod housekeep;
 mod keep;
 mod member;
+mod owners;
 mod promote;
 mod replicate;
 mod sessions;
@@ -43,6 +47,7 @@ use crate::store::{Durability, FsStore, StoreError};
 use crate::transport::certificate::{MAX_NODE_NAME_BYTES, is_node_name};
 use crate::transport::{CertRole, Identity, Link, Peer, Stream, TransportError, expect_hello, in_full};
 use crate::wire::{Message, Purpose, Reject, Welcome};
+use authority::{Asked, Denied, Owner, authorise, whose};
 use member::Member;
 use sessions::Sessions;
 
@@ -154,6 +159,7 @@ struct Inner {
     registry_addr: RegistryAddr,
     vmm: Option<PathBuf>,
     sessions: Sessions,
+    owners: owners::Owners,
     promotes: promote::UnderWay,
     /// Held while stored bytes are checked for another agent.
     verifying: tokio::sync::Mutex<()>,
@@ -242,6 +248,7 @@ impl Agent {
         let housekeeper = housekeep::Housekeeper::new(housekeeping, &data).map_err(usable)?;
         let lease = member::join(&backend, &node, replace, lease_ttl).await?;
         let (stop, stopped) = watch::channel(false);
+        let owners = owners::Owners::new(data.join("owners"));
         let inner = Arc::new(Inner {
             name,
             address,
@@ -252,6 +259,7 @@ impl Agent {
             registry: backend.clone(),
             registry_addr: registry,
             vmm,
+            owners,
             sessions: Sessions::default(),
             promotes: promote::UnderWay::default(),
             verifying: tokio::sync::Mutex::default(),
@@ -455,10 +463,25 @@ async fn serve(inner: &Arc<Inner>, stream: Stream, peer: &str, who: &Peer) -> Re
     link.writer.send(0, &Message::Welcome(welcome)).await?;
     match hello.purpose {
         Purpose::Ship => {
-            replicate::serve(inner.clone(), link).await;
+            replicate::serve(inner.clone(), link, who).await;
             Ok(())
         }
-        Purpose::Call => calls::serve(inner.clone(), link).await,
+        Purpose::Call => calls::serve(inner.clone(), link, who).await,
+    }
+}
+
+impl Inner {
+    /// Whether `peer` may have what it asks; logged when it may not.
+    async fn judge(&self, peer: &Peer, asked: Asked<'_>) -> Result<(), Denied> {
+        let owner = match (peer, whose(asked)) {
+            (Peer::Node(_), Some((vm, generation))) => self.owners.of(&self.registry, vm, generation).await,
+            (Peer::Node(_), None) | (Peer::Anyone, _) => Owner::Unknown,
+        };
+        let verdict = authorise(&self.name, peer, asked, &owner);
+        if let Err(Denied::Never(why)) = &verdict {
+            tracing::warn!(%peer, why, "refused");
+        }
+        verdict
     }
 }
 
