@@ -8,14 +8,16 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use migrate::agent::Agent;
+use migrate::agent::{Agent, MAX_OF_NODE, MAX_STRANGERS};
 use migrate::ca::{self, NewCertificate};
 use migrate::registry::{NewVm, Registry, RegistryAddr, RegistryError, VmState};
 use migrate::shipper::{HolderState, Shipper, ShipperConfig};
 use migrate::transport::{
     CertRole, Client, Identity, Link, NodeIdentity, Peer, TransportError, connect, expect_hello, in_full,
 };
-use migrate::wire::{Call, Message, NameCall, PromoteCall, Purpose, SealCall, Welcome};
+use migrate::wire::{
+    Call, FrameHeader, FrameType, MAX_CHUNK_BYTES, Message, NameCall, PromoteCall, Purpose, SealCall, Welcome,
+};
 use net_common::*;
 use segment::Generation;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -616,4 +618,85 @@ async fn what_is_no_tls_is_refused_at_once() {
         let told = in_full(&heard.unwrap_err());
         assert!(!told.contains("within"), "{bytes:x?}: {told}");
     }
+}
+
+/// An agent's certificate is checked, its owner known: what it sends first is a greeting, and no longer than one.
+#[tokio::test]
+async fn a_greeting_is_short() {
+    let lab = Authority::new("lab");
+    let dir = tempfile::tempdir().unwrap();
+    let a = agent(&lab, dir.path(), "a", None, None).await;
+    let oak = lab.issue("oak", &[CertRole::Owner]);
+    let (mut stream, _) = oak.dial(a.address()).await.unwrap();
+    // A chunk may be a MiB; before the greeting nothing may.
+    let header = FrameHeader {
+        kind: FrameType::Chunk,
+        stream: 0,
+        len: MAX_CHUNK_BYTES,
+    };
+    stream.write_all(&header.to_bytes()).await.unwrap();
+    stream.flush().await.unwrap();
+    let mut told = Vec::new();
+    let ended = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut told)).await;
+    assert!(ended.is_ok(), "it waits for a MiB of whoever connects");
+    a.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowd_of_silent_strangers_keeps_nobody_out() {
+    let lab = Authority::new("lab");
+    let dir = tempfile::tempdir().unwrap();
+    let a = agent(&lab, dir.path(), "a", None, None).await;
+    let oak = lab.issue("oak", &[CertRole::Owner]);
+    let mut crowd = Vec::new();
+    for at in 0..4 * MAX_STRANGERS {
+        let mut stranger = TcpStream::connect(a.address()).await.unwrap();
+        // Half of them begin, one byte of what would be a long record.
+        if at % 2 == 0 {
+            stranger.write_all(&[0x16]).await.unwrap();
+        }
+        crowd.push(stranger);
+        if at % 50 == 0 {
+            Client::connect(a.address(), &oak).await.unwrap();
+        }
+    }
+    for _ in 0..5 {
+        Client::connect(a.address(), &oak).await.unwrap();
+    }
+    // The oldest were dropped, the others are given up when their time is over.
+    for (at, mut stranger) in crowd.into_iter().enumerate() {
+        let mut rest = Vec::new();
+        let ended = tokio::time::timeout(PATIENCE, stranger.read_to_end(&mut rest)).await;
+        assert!(ended.is_ok(), "stranger {at} is still there");
+    }
+    a.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_node_does_not_take_all_connections() {
+    let lab = Authority::new("lab");
+    let dir = tempfile::tempdir().unwrap();
+    let a = agent(&lab, dir.path(), "a", None, None).await;
+    let (oak, elm) = (
+        lab.issue("oak", &[CertRole::Owner]),
+        lab.issue("elm", &[CertRole::Owner]),
+    );
+    let mut open = Vec::new();
+    let refused = loop {
+        assert!(open.len() <= MAX_OF_NODE, "they are not bounded");
+        match Client::connect(a.address(), &oak).await {
+            Ok(client) => open.push(client),
+            Err(error) => break error.to_string(),
+        }
+    };
+    assert!(open.len() == MAX_OF_NODE, "{}", open.len());
+    has(&refused, &["connections of oak are open"]);
+    Client::connect(a.address(), &elm).await.unwrap();
+    open.pop();
+    let start = std::time::Instant::now();
+    while Client::connect(a.address(), &oak).await.is_err() {
+        assert!(start.elapsed() < PATIENCE, "its place is not free again");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    a.stop().await;
 }

@@ -131,6 +131,9 @@ pub(super) fn authorise(here: &str, peer: &Peer, asked: Asked<'_>, owner: &Owner
         Asked::Call(call) => call,
     };
     let this_node = node.name == here;
+    if node.roles.is_empty() && !this_node {
+        return never(node, "ask anything here");
+    }
     match call {
         Call::Status(_) | Call::List(_) | Call::Show(_) => Ok(()),
         Call::Keep(keep) if keep.policy.is_none() => Ok(()),
@@ -315,7 +318,7 @@ fn as_itself(node: &NodeIdentity, other: &str, what: &str) -> Result<(), Denied>
 
 fn never(node: &NodeIdentity, what: &str) -> Result<(), Denied> {
     Err(Denied::Never(format!(
-        "{} may not {what}: its certificate does not have it",
+        "{} may not {what}: its certificate does not say so",
         node.name
     )))
 }

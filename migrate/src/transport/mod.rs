@@ -66,8 +66,8 @@ pub enum TransportError {
     },
     /// Plain TCP beyond this host.
     #[error(
-        "refused to {doing} {address} with --insecure-plaintext: what goes there is guest memory. Use a certificate \
-         (--tls DIR, made by `standby ca issue`), or a loopback address (127.0.0.1 or [::1])"
+        "refused to {doing} {address} with --insecure-plaintext, without TLS: what goes there is guest memory. Use a \
+         certificate (--tls DIR, made by `standby ca issue`), or a loopback address (127.0.0.1 or [::1])"
     )]
     NotLoopback {
         /// As it was given.
