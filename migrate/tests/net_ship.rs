@@ -165,6 +165,10 @@ async fn a_holder_that_comes_back_is_served_from_the_spool_and_the_other_did_not
     owner.wait_committed(&first).await;
     let store = b.store().clone();
     eventually("b has the first", || store.get(&first).is_some()).await;
+    eventually("b has said so", || {
+        owner.shipper.status().holders[1].lag_epochs == 0
+    })
+    .await;
     drop(store);
     b.stop().await;
     owner

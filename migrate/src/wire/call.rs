@@ -49,6 +49,9 @@ pub enum Call {
     /// Read stored segments again, and check every byte.
     #[n(11)]
     Verify(#[n(0)] VerifyCall),
+    /// From another agent: copy what the holders of a VM have, to become one.
+    #[n(20)]
+    Copy(#[n(0)] CopyCall),
 }
 
 /// An answer.
@@ -96,6 +99,9 @@ pub enum Reply {
     /// What the check found.
     #[n(13)]
     Verified(#[n(0)] VerifyReport),
+    /// What was copied.
+    #[n(20)]
+    Copied(#[n(0)] CopyReport),
 }
 
 /// Nothing to say beyond the question itself.
@@ -150,6 +156,39 @@ pub struct PromoteCall {
     /// Go on from the newest that is there, even if a later one was committed and is lost.
     #[n(2)]
     pub accept_loss: bool,
+}
+
+/// What to copy.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct CopyCall {
+    /// The VM.
+    #[cbor(n(0), with = "crate::wire::value")]
+    pub vm: VmId,
+    /// The generation it is owned under.
+    #[cbor(n(1), with = "crate::wire::value")]
+    pub generation: Generation,
+    /// The holders that have it, HOST:PORT.
+    #[n(2)]
+    pub from: Vec<String>,
+}
+
+/// What was copied.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct CopyReport {
+    /// How many segments.
+    #[n(0)]
+    pub segments: u64,
+    /// How many bytes.
+    #[n(1)]
+    pub bytes: u64,
+    /// The newest checkpoint whose chain is whole there now.
+    #[n(2)]
+    pub newest: Option<Held>,
+    /// What went wrong on the way, in words.
+    #[n(3)]
+    pub notes: Vec<String>,
 }
 
 /// Which VM to forget.
