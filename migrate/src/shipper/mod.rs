@@ -355,7 +355,7 @@ impl Shipper {
         let crew = Arc::new(Crew::new(
             handle.clone(),
             shared.clone(),
-            sender.clone(),
+            sender,
             notify.clone(),
             stop.clone(),
         ));

@@ -125,7 +125,7 @@ impl Drain {
                 return Ok(());
             }
             if last != Some(held.len()) {
-                let some: Vec<_> = held.iter().take(5).map(|vm| describe(vm)).collect();
+                let some: Vec<_> = held.iter().take(5).map(describe).collect();
                 print(&format!(
                     "{} is drained: it gets no new VM, and {} are to be copied to others ({}{})",
                     self.node,
