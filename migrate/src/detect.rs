@@ -19,6 +19,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use minicbor::{Decode, Encode};
 use serde::Serialize;
 
 use crate::failover::seals_needed;
@@ -26,15 +27,20 @@ use crate::lease::LeaseTerms;
 use crate::registry::VmState;
 
 /// What the agent of the owner's host says of its process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(index_only)]
 pub enum Process {
     /// It is there and is scheduled.
+    #[n(0)]
     Alive,
     /// It is there and was stopped (SIGSTOP, a debugger).
+    #[n(1)]
     Stopped,
     /// It is there and waits for a disk that does not answer.
+    #[n(2)]
     DiskHung,
     /// It has ended.
+    #[n(3)]
     Gone,
 }
 

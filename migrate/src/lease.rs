@@ -21,6 +21,7 @@
 //! the host is suspended (`CLOCK_BOOTTIME`); the times of different hosts are never compared.
 
 use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
 
 use segment::Generation;
@@ -93,6 +94,46 @@ impl LeaseTerms {
     #[must_use]
     pub fn guard(self) -> Duration {
         self.ttl + self.ttl * MAX_DRIFT_PER_MILLE / 1000
+    }
+}
+
+impl fmt::Display for LeaseTerms {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (ttl, renew) = (self.ttl.as_millis(), self.renew_every.as_millis());
+        write!(f, "ttl={ttl}ms,renew={renew}ms")
+    }
+}
+
+impl FromStr for LeaseTerms {
+    type Err = String;
+
+    /// A profile, `default` or `fast`, or `ttl=2500ms,renew=400ms`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let terms = match text {
+            "default" => Self::DEFAULT,
+            "fast" => Self::FAST,
+            own => {
+                let of = |name: &str| {
+                    own.split(',').find_map(|part| {
+                        let millis = part
+                            .trim()
+                            .strip_prefix(name)?
+                            .strip_prefix('=')?
+                            .strip_suffix("ms")?;
+                        millis.parse().ok().map(Duration::from_millis)
+                    })
+                };
+                match (of("ttl"), of("renew"), own.split(',').count()) {
+                    (Some(ttl), Some(renew_every), 2) => Self { ttl, renew_every },
+                    _ => {
+                        return Err(format!(
+                            "{text:?} is no profile of detection: use default, fast, or ttl=2500ms,renew=400ms"
+                        ));
+                    }
+                }
+            }
+        };
+        terms.check().map_err(|e| e.to_string())
     }
 }
 
@@ -384,6 +425,18 @@ mod tests {
             }
             .check()
         };
+        assert_eq!("fast".parse(), Ok(LeaseTerms::FAST));
+        assert_eq!(TERMS.to_string().parse(), Ok(TERMS));
+        for bad in [
+            "",
+            "slow",
+            "ttl=1000ms",
+            "ttl=1000ms,renew=900ms",
+            "ttl=1s,renew=1ms",
+            "ttl=1000ms,renew=100ms,x",
+        ] {
+            assert!(bad.parse::<LeaseTerms>().is_err(), "{bad:?} was taken");
+        }
         assert!(matches!(of(10, 1), Err(TermsError::Ttl { .. })));
         assert!(matches!(of(61_000, 1), Err(TermsError::Ttl { .. })));
         assert!(matches!(of(1000, 0), Err(TermsError::Pace { .. })));

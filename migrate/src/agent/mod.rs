@@ -14,6 +14,8 @@
 mod calls;
 pub mod cli;
 mod gather;
+mod grants;
+mod host;
 mod housekeep;
 mod keep;
 mod member;
@@ -155,6 +157,7 @@ struct Inner {
     vmm: Option<PathBuf>,
     sessions: Sessions,
     promotes: promote::UnderWay,
+    grants: grants::Grants,
     /// Held while stored bytes are checked for another agent.
     verifying: tokio::sync::Mutex<()>,
     housekeeper: housekeep::Housekeeper,
@@ -209,6 +212,7 @@ impl Agent {
         for damaged in store.damaged() {
             tracing::error!(file = %damaged.path.display(), why = %damaged.why, "a stored segment is damaged: set aside");
         }
+        let grants = grants::Grants::open(&data).map_err(usable)?;
         let id = node_id(&data).map_err(usable)?;
         let seen = recall(&data.join(member::SEEN));
         let backend = match &registry {
@@ -254,6 +258,7 @@ impl Agent {
             vmm,
             sessions: Sessions::default(),
             promotes: promote::UnderWay::default(),
+            grants,
             verifying: tokio::sync::Mutex::default(),
             housekeeper,
             connections: AtomicU32::new(0),

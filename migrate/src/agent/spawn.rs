@@ -106,6 +106,7 @@ pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief
         &registry,
     ]);
     command
+        .args(failover_args(record))
         .args(inner.identity.flags())
         .arg("--run-dir")
         .arg(&run_dir)
@@ -143,6 +144,15 @@ pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief
         tracing::error!(vm, %error, "a restore that failed cannot be ended");
     }
     Err(format!("{why}{}", tail(&log_path, from)))
+}
+
+/// How the VM fails over from here on: as it did before.
+fn failover_args(record: &VmRecord) -> Vec<String> {
+    let Some(failover) = &record.failover else {
+        return vec!["--failover".into(), "manual".into()];
+    };
+    let detect = format!("ttl={}ms,renew={}ms", failover.ttl_ms, failover.renew_every_ms);
+    vec!["--failover".into(), "auto".into(), "--detect".into(), detect]
 }
 
 /// The line it says when it is ready.

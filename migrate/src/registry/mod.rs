@@ -332,6 +332,24 @@ impl Registry {
         expect!(self, request, RegistryResponse::Vm(vm) => vm)
     }
 
+    /// The owner says how its VM fails over.
+    ///
+    /// # Errors
+    /// [`RegistryError::Fenced`] when its generation is over.
+    pub async fn set_failover(
+        &self,
+        vm: &VmId,
+        generation: Generation,
+        failover: Option<Failover>,
+    ) -> Result<VmRecord, RegistryError> {
+        let request = RegistryRequest::SetFailover {
+            vm: vm.clone(),
+            generation,
+            failover,
+        };
+        expect!(self, request, RegistryResponse::Vm(vm) => vm)
+    }
+
     /// Removes a VM and its segments' records.
     ///
     /// # Errors

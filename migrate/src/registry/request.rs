@@ -3,7 +3,7 @@
 use minicbor::{Decode, Encode};
 use segment::{Generation, SegmentName, VmId};
 
-use super::types::{HolderSwap, Lease, LeaseSubject, NodeRecord, SegmentRecord, VmRecord, VmState};
+use super::types::{Failover, HolderSwap, Lease, LeaseSubject, NodeRecord, SegmentRecord, VmRecord, VmState};
 use crate::placement::Policy;
 
 #[cfg(doc)]
@@ -228,6 +228,19 @@ pub enum RegistryRequest {
         /// Whether.
         #[n(1)]
         draining: bool,
+    },
+    /// The owner says how its VM fails over, and which process it is. Idempotent.
+    #[n(18)]
+    SetFailover {
+        /// The VM.
+        #[cbor(n(0), with = "crate::wire::value")]
+        vm: VmId,
+        /// The caller's generation.
+        #[cbor(n(1), with = "crate::wire::value")]
+        generation: Generation,
+        /// How; by a person's word alone when absent.
+        #[n(2)]
+        failover: Option<Failover>,
     },
     /// Removes a node that holds nothing any more. Idempotent.
     #[n(17)]

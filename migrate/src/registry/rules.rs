@@ -52,6 +52,10 @@ pub(super) fn check(request: &RegistryRequest) -> Ruled<()> {
         RegistryRequest::RegisterSegments { segments, .. } if segments.len() > MAX_REGISTER_SEGMENTS => {
             too_many("segments in one request", MAX_REGISTER_SEGMENTS as u64)
         }
+        RegistryRequest::SetFailover {
+            failover: Some(failover),
+            ..
+        } => failover.terms().map(drop).or_else(|why| invalid(why.to_string())),
         RegistryRequest::GrantLease {
             subject,
             ttl_ms,
@@ -76,6 +80,7 @@ pub(super) fn check(request: &RegistryRequest) -> Ruled<()> {
         RegistryRequest::ListNodes { .. }
         | RegistryRequest::GetVm { .. }
         | RegistryRequest::ListVms { .. }
+        | RegistryRequest::SetFailover { failover: None, .. }
         | RegistryRequest::SetVmState { .. }
         | RegistryRequest::SetSwap { swap: None, .. }
         | RegistryRequest::ForgetVm { .. }
@@ -234,6 +239,15 @@ pub(super) fn changed(
                 record.swap.clone_from(swap);
                 touched(record, now)
             }),
+        RegistryRequest::SetFailover {
+            generation, failover, ..
+        } => owned(&record, *generation).map(|()| {
+            if record.failover == *failover {
+                return Step::Keep(record);
+            }
+            record.failover = *failover;
+            touched(record, now)
+        }),
         RegistryRequest::SetVmState {
             generation, state, ..
         } => owned(&record, *generation).map(|()| {
@@ -267,6 +281,7 @@ pub(super) fn vm_of(request: &RegistryRequest) -> Option<&VmId> {
         RegistryRequest::RaiseGeneration { vm, .. }
         | RegistryRequest::SetHolders { vm, .. }
         | RegistryRequest::SetSwap { vm, .. }
+        | RegistryRequest::SetFailover { vm, .. }
         | RegistryRequest::SetVmState { vm, .. } => Some(vm),
         _ => None,
     }

@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use minicbor::{Decode, Encode};
 use segment::{CheckpointId, Digest, Epoch, Generation, SegmentName, VmId};
 use serde::Serialize;
 
+use crate::lease::{LeaseTerms, TermsError};
 use crate::placement::Policy;
 use crate::wire::Held;
 
@@ -291,6 +293,57 @@ pub struct VmRecord {
     /// The owner's lease, when that is held. The registry fills it in at each answer; it is not part of the record.
     #[n(14)]
     pub alive: Option<LiveLease>,
+    /// How it is taken over without a person's word; absent when it is not.
+    #[n(15)]
+    pub failover: Option<Failover>,
+}
+
+/// That a VM fails over by itself: its owner runs it under a lease, and by which terms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct Failover {
+    /// How long one renewal of the owner's lease lasts, in milliseconds.
+    #[n(0)]
+    pub ttl_ms: u64,
+    /// How often it is renewed, in milliseconds.
+    #[n(1)]
+    pub renew_every_ms: u64,
+    /// The owner's process: set before its guest runs, and as long as it may run the record names it.
+    #[n(2)]
+    pub process: Option<OwnerProcess>,
+}
+
+impl Failover {
+    /// The terms of the lease, checked.
+    ///
+    /// # Errors
+    /// [`TermsError`] when no lease can have them.
+    pub fn terms(&self) -> Result<LeaseTerms, TermsError> {
+        LeaseTerms {
+            ttl: Duration::from_millis(self.ttl_ms),
+            renew_every: Duration::from_millis(self.renew_every_ms),
+        }
+        .check()
+    }
+}
+
+/// A process, so that whoever shares its host knows it again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct OwnerProcess {
+    /// Drawn by the host's kernel when it booted.
+    #[cbor(n(0), with = "crate::wire::value")]
+    #[serde(skip)]
+    pub boot: [u8; 16],
+    /// The inode of the process's namespace of process numbers.
+    #[n(1)]
+    pub namespace: u64,
+    /// Its number there.
+    #[n(2)]
+    pub pid: u32,
+    /// When it was started, in clock ticks since the boot.
+    #[n(3)]
+    pub started: u64,
 }
 
 impl VmRecord {

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::connection::{self, Heard, Out};
 use super::{HolderState, Shared, ShipEvent};
+use crate::clock::boottime;
 use crate::protocol::{Next, Sender, SenderAction, SenderConfig, SenderEvent, SenderState, parent_of};
 use crate::spool::{self, Spool};
 use crate::store::{Entry, StoreError};
@@ -29,7 +30,8 @@ pub(super) struct Holder {
     at: usize,
     address: String,
     sender: Sender,
-    started: Instant,
+    /// The zero of the sender's clock, which goes on while the host is suspended: leases are counted by it.
+    started: Duration,
     inbox: mpsc::Receiver<Heard>,
     heard: mpsc::Sender<Heard>,
     connection: Option<JoinHandle<()>>,
@@ -52,7 +54,7 @@ impl Holder {
             at,
             address,
             sender: Sender::new(config),
-            started: Instant::now(),
+            started: boottime(),
             inbox,
             heard,
             connection: None,
@@ -66,10 +68,19 @@ impl Holder {
     }
 
     /// Runs until `stop` changes or the holder has fenced the owner.
-    pub(super) async fn run(mut self, mut notify: watch::Receiver<u64>, mut stop: watch::Receiver<bool>) {
+    pub(super) async fn run(
+        mut self,
+        mut notify: watch::Receiver<u64>,
+        mut release: watch::Receiver<bool>,
+        mut stop: watch::Receiver<bool>,
+    ) {
         self.step(SenderEvent::Tick);
         loop {
-            let deadline = self.sender.deadline().map(|at| self.started + at);
+            let now = boottime().saturating_sub(self.started);
+            let deadline = self
+                .sender
+                .deadline()
+                .map(|at| Instant::now() + at.saturating_sub(now));
             let wake = match (deadline, self.again) {
                 (Some(a), Some(b)) => Some(a.min(b)),
                 (a, b) => a.or(b),
@@ -91,6 +102,10 @@ impl Holder {
                         SenderEvent::Tick
                     }
                 }
+                changed = release.changed() => match changed {
+                    Ok(()) => SenderEvent::Release,
+                    Err(_) => break,
+                },
                 _ = stop.changed() => break,
             };
             self.step(event);
@@ -106,11 +121,12 @@ impl Holder {
             Heard::Up {
                 connection,
                 node,
+                version,
                 out,
             } => {
                 self.out = Some(out);
                 self.node = Some(node);
-                SenderEvent::Connected { connection }
+                SenderEvent::Connected { connection, version }
             }
             Heard::Event(event) => event,
             Heard::Segment { ticket, offer, file } => {
@@ -145,7 +161,7 @@ impl Holder {
         }
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
-            let now = self.started.elapsed();
+            let now = boottime().saturating_sub(self.started);
             for action in self.sender.step(event, now) {
                 if let Some(then) = self.act(action) {
                     events.push_back(then);
@@ -216,6 +232,10 @@ impl Holder {
                     .note_acked(&self.address, position(&offer.held()));
                 self.shared.stored(self.at, &offer);
             }
+            SenderAction::Granted { sent } => self.say(ShipEvent::Granted {
+                holder: self.address.clone(),
+                sent: self.started + sent,
+            }),
             SenderAction::RequestFull => {
                 tracing::info!(holder = %self.address, "the holder needs a full segment");
                 self.say(ShipEvent::NeedFull {

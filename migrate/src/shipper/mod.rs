@@ -16,6 +16,7 @@ mod connection;
 mod holder;
 mod ledger;
 mod registrar;
+mod renewer;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -104,6 +105,18 @@ pub enum ShipEvent {
         node: String,
         /// The newest checkpoint it has.
         position: Option<SegmentName>,
+    },
+    /// A holder lets nobody else run the guest for the length of the lease.
+    Granted {
+        /// The holder.
+        holder: String,
+        /// When it was asked, by [`boottime`](crate::clock::boottime).
+        sent: Duration,
+    },
+    /// The registry has renewed the owner's lease.
+    Renewed {
+        /// When it was asked, by [`boottime`](crate::clock::boottime).
+        sent: Duration,
     },
     /// A holder that was reached before was lost.
     HolderDown {
@@ -251,6 +264,8 @@ pub struct Shipper {
     shared: Arc<Shared>,
     notify: watch::Sender<u64>,
     stop: watch::Sender<bool>,
+    release: watch::Sender<bool>,
+    renewer: Option<(renewer::Lease, JoinHandle<()>)>,
     tasks: Vec<JoinHandle<()>>,
     registrar: Option<(Registry, JoinHandle<()>)>,
 }
@@ -290,12 +305,20 @@ impl Shipper {
             sent: holders.iter().map(|_| Arc::default()).collect(),
             changes: watch::Sender::new(0),
         });
-        let (notify, stop) = (watch::Sender::new(0), watch::Sender::new(false));
+        let (notify, stop, release) = (
+            watch::Sender::new(0),
+            watch::Sender::new(false),
+            watch::Sender::new(false),
+        );
         let tasks = holders.into_iter().enumerate().map(|(at, address)| {
             let holder = Holder::new(shared.clone(), at, address, sender.clone());
-            handle.spawn(holder.run(notify.subscribe(), stop.subscribe()))
+            handle.spawn(holder.run(notify.subscribe(), release.subscribe(), stop.subscribe()))
         });
         let tasks = tasks.collect();
+        let renewer = registry.clone().zip(sender.lease).map(|(registry, terms)| {
+            let lease = renewer::Lease::new(shared.clone(), registry, terms);
+            (lease.clone(), handle.spawn(lease.keep(stop.subscribe())))
+        });
         let registrar = registry.map(|registry| {
             let run = registrar::run(shared.clone(), registry.clone(), stop.subscribe());
             (registry, handle.spawn(run))
@@ -304,6 +327,8 @@ impl Shipper {
             shared,
             notify,
             stop,
+            release,
+            renewer,
             tasks,
             registrar,
         }
@@ -312,6 +337,12 @@ impl Shipper {
     /// A new segment is in the spool. Never blocks.
     pub fn notify(&self) {
         self.notify.send_modify(|n| *n += 1);
+    }
+
+    /// The guest stands still for good: nobody has to wait for what was granted and leased to this owner. The holders
+    /// are told behind what they still get ([`Shipper::drain`]), the registry at the end ([`Shipper::stop`]).
+    pub fn release(&self) {
+        self.release.send_replace(true);
     }
 
     /// How shipping goes.
@@ -380,6 +411,13 @@ impl Shipper {
         let _ = self.stop.send(true);
         for task in self.tasks {
             let _ = task.await;
+        }
+        if let Some((lease, task)) = self.renewer {
+            let _ = task.await;
+            if *self.release.borrow() {
+                // It runs out by itself when the registry is away.
+                let _ = tokio::time::timeout(LAST_REGISTER, lease.give_back()).await;
+            }
         }
         if let Some((registry, task)) = self.registrar {
             let _ = tokio::time::timeout(LAST_REGISTER, async {

@@ -5,7 +5,8 @@ use segment::{CheckpointId, Digest, Generation, SegmentName, VmId};
 use serde::Serialize;
 
 use super::Held;
-use crate::registry::{RegistryError, RegistryRequest, RegistryResponse, Stamp};
+use crate::detect::Process;
+use crate::registry::{OwnerProcess, RegistryError, RegistryRequest, RegistryResponse, Stamp};
 
 /// The most segments one answer lists.
 pub const MAX_PAGE_SEGMENTS: u32 = 1000;
@@ -49,6 +50,9 @@ pub enum Call {
     /// Read stored segments again, and check every byte.
     #[n(11)]
     Verify(#[n(0)] VerifyCall),
+    /// From another agent: what became of an owner's process, if it is one of this host.
+    #[n(12)]
+    Process(#[n(0)] ProcessCall),
 }
 
 /// An answer.
@@ -96,6 +100,9 @@ pub enum Reply {
     /// What the check found.
     #[n(13)]
     Verified(#[n(0)] VerifyReport),
+    /// What became of the process.
+    #[n(14)]
+    Process(#[n(0)] ProcessReport),
 }
 
 /// Nothing to say beyond the question itself.
@@ -111,6 +118,24 @@ pub struct Failure {
     /// What failed, on what, why, and what to do.
     #[n(0)]
     pub why: String,
+}
+
+/// Which process.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct ProcessCall {
+    /// The process.
+    #[n(0)]
+    pub process: OwnerProcess,
+}
+
+/// What became of a process.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct ProcessReport {
+    /// What, when it is one of this host and it can be told.
+    #[n(0)]
+    pub process: Option<Process>,
 }
 
 /// Which segments to list.
@@ -222,6 +247,10 @@ pub struct SealReport {
     /// The newest checkpoint that is there without all links of its chain, when it is newer than `newest`.
     #[n(3)]
     pub dangling: Option<SegmentBrief>,
+    /// For how long nobody else may run the guest as far as this holder is concerned: what it granted before it promised
+    /// has to run out. Absent when it granted nothing.
+    #[n(4)]
+    pub grant_remaining_ms: Option<u64>,
 }
 
 /// What is to be kept of a VM.

@@ -4,8 +4,8 @@ use segment::{CheckpointId, Digest, Epoch, Generation, SegmentName, VmId};
 use super::*;
 use crate::placement::Policy;
 use crate::registry::{
-    Changed, Changes, HolderSwap, Lease, LeaseSubject, LiveLease, NodeRecord, RegistryError, RegistryRequest,
-    RegistryResponse, SegmentRecord, Stamp, VmRecord, VmState,
+    Changed, Changes, Failover, HolderSwap, Lease, LeaseSubject, LiveLease, NodeRecord, OwnerProcess,
+    RegistryError, RegistryRequest, RegistryResponse, SegmentRecord, Stamp, VmRecord, VmState,
 };
 
 fn name(epoch: u64) -> SegmentName {
@@ -62,6 +62,20 @@ fn vm_record() -> VmRecord {
         leased: Some(2),
         swap: Some(swap()),
         alive: Some(live()),
+        failover: Some(failover()),
+    }
+}
+
+fn failover() -> Failover {
+    Failover {
+        ttl_ms: 2500,
+        renew_every_ms: 400,
+        process: Some(OwnerProcess {
+            boot: [5; 16],
+            namespace: 4_026_531_836,
+            pid: 77,
+            started: 12_345,
+        }),
     }
 }
 
@@ -164,6 +178,7 @@ fn golden() -> Vec<(Message, &'static str)> {
                 vm: vm(),
                 generation: Generation(3),
                 owner: "o".into(),
+                lease_ttl_ms: None,
             }),
             "555346310a00000005000000 0b000000 a3 00 63 776562 01 03 02 61 6f",
         ),
@@ -229,6 +244,18 @@ fn golden() -> Vec<(Message, &'static str)> {
             "555346311400000005000000 0a000000 a3 00 63 776562 01 02 02 03",
         ),
         (
+            Message::Renew(Renew { seq: 5 }),
+            "555346311500000005000000 03000000 a1 00 05",
+        ),
+        (
+            Message::Granted(Granted { seq: 5 }),
+            "555346311600000005000000 03000000 a1 00 05",
+        ),
+        (
+            Message::Released(Released {}),
+            "555346311700000005000000 01000000 a0",
+        ),
+        (
             Message::Call(Box::new(Call::Seal(SealCall {
                 vm: vm(),
                 generation: Generation(3),
@@ -241,6 +268,7 @@ fn golden() -> Vec<(Message, &'static str)> {
                 newest: None,
                 had: None,
                 dangling: None,
+                grant_remaining_ms: None,
             }))),
             "555346312100000005000000 06000000 82 07 81 a1 00 03",
         ),
@@ -288,6 +316,11 @@ fn calls() -> Vec<Message> {
             vm: vm(),
             generation: Generation(1),
             state: VmState::Running,
+        },
+        RegistryRequest::SetFailover {
+            vm: vm(),
+            generation: Generation(1),
+            failover: Some(failover()),
         },
         RegistryRequest::ForgetVm {
             vm: vm(),

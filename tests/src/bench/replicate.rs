@@ -111,6 +111,8 @@ async fn start(
             every_ms: EVERY_MS,
             ack_quorum: None,
             registry: None,
+            failover: None,
+            detect: None,
         }),
         generation: None,
         trust: IdentityArgs {

@@ -8,7 +8,7 @@ use segment::VmId;
 
 use super::{CliError, rundir, size};
 use crate::config::{StoreConfig, VmConfig};
-use crate::session::Protection;
+use crate::session::{FailoverMode, Protection};
 
 /// Where the VMs of this host are found.
 #[derive(Debug, Clone, Args)]
@@ -51,6 +51,13 @@ pub(super) struct Keeping {
     /// The agent that keeps the registry [default: the one the holders name]
     #[arg(long, value_name = "HOST:PORT")]
     registry: Option<String>,
+    /// Whether the guest runs under a lease and stands still when neither the registry nor enough holders renew it, so
+    /// that no other host runs it at the same time [default: manual]
+    #[arg(long, value_enum, value_name = "HOW")]
+    failover: Option<FailoverMode>,
+    /// How long that lease is: default (2.5 s), fast (240 ms, for a healthy LAN), or like ttl=2500ms,renew=400ms
+    #[arg(long, value_name = "PROFILE")]
+    detect: Option<String>,
     #[command(flatten)]
     pub(super) trust: IdentityArgs,
 }
@@ -83,21 +90,29 @@ impl Keeping {
                 holders,
                 every_ms: before.as_ref().map_or(200, |before| before.every_ms),
                 ack_quorum: before.as_ref().and_then(|before| before.ack_quorum),
-                registry: before.and_then(|before| before.registry),
+                registry: before.as_ref().and_then(|before| before.registry.clone()),
+                failover: before.as_ref().and_then(|before| before.failover),
+                detect: before.and_then(|before| before.detect),
             });
         }
         match &mut config.protection {
             Some(protection) => {
                 protection.every_ms = self.every.unwrap_or(protection.every_ms);
                 protection.ack_quorum = self.ack_quorum.or(protection.ack_quorum);
+                protection.failover = self.failover.or(protection.failover);
+                protection.detect = self.detect.clone().or_else(|| protection.detect.take());
                 protection.registry = self.registry.clone().or_else(|| protection.registry.take());
             }
             // An empty list (`--protect-to ""`) is an answer too.
             None if self.protect_to.is_empty()
-                && (self.every.is_some() || self.ack_quorum.is_some() || self.registry.is_some()) =>
+                && (self.every.is_some()
+                    || self.ack_quorum.is_some()
+                    || self.registry.is_some()
+                    || self.failover.is_some()
+                    || self.detect.is_some()) =>
             {
                 return Err(CliError::Said(
-                    "--every, --ack-quorum and --registry say how a VM is protected: say to where with --protect-to \
+                    "--every, --ack-quorum, --registry, --failover and --detect say how a VM is protected: say to where with --protect-to \
                      HOST:PORT"
                         .into(),
                 ));

@@ -2,11 +2,17 @@
 
 use std::time::Duration;
 
-use migrate::registry::{NewVm, Registry, RegistryError, VmRecord, VmState};
+use migrate::failover::lease_left;
+use migrate::lease::LeaseTerms;
+use migrate::process;
+use migrate::registry::{Failover, NewVm, Registry, RegistryError, VmRecord, VmState};
 use migrate::spool::Position;
 use migrate::transport::{Client, Identity, IdentityArgs};
 use segment::{Generation, VmId};
 
+use migrate::wire::LEASE_VERSION;
+
+use super::report::FailoverMode;
 use super::{Protection, SessionError};
 
 /// The shortest pause between checkpoints that is taken for meant.
@@ -24,6 +30,8 @@ pub(super) struct Ownership {
     pub(super) registry: Registry,
     pub(super) protection: Protection,
     pub(super) ack_quorum: usize,
+    /// The lease the guest runs under; none when only a person's word takes it over.
+    pub(super) lease: Option<LeaseTerms>,
 }
 
 impl Ownership {
@@ -34,14 +42,18 @@ impl Ownership {
         trust: &IdentityArgs,
     ) -> Result<Self, SessionError> {
         let ack_quorum = check(&protection)?;
+        let wanted = terms(&protection)?;
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
         let identity = trust.identity(&host).map_err(SessionError::Identity)?;
-        let (mut up, mut down) = (0, Vec::new());
+        let (mut up, mut can_grant, mut down) = (0, 0, Vec::new());
         let mut found = None;
         for address in &protection.holders {
             match Client::connect(address, &identity).await {
                 Ok(client) => {
                     up += 1;
+                    if client.welcome().version >= LEASE_VERSION {
+                        can_grant += 1;
+                    }
                     let registry = client
                         .welcome()
                         .registry
@@ -61,6 +73,12 @@ impl Ownership {
                 why: down.join("; "),
             });
         }
+        if wanted.is_some() && can_grant < ack_quorum {
+            return Err(SessionError::Protection(format!(
+                "--failover auto needs {ack_quorum} holders that grant leases, and {can_grant} of those that answer do: \
+                 update the others, or let it be taken over by hand with --failover manual"
+            )));
+        }
         let address = protection.registry.get_or_insert(found.unwrap_or_default());
         let registry = Registry::remote(address, &identity);
         Ok(Self {
@@ -69,7 +87,35 @@ impl Ownership {
             registry,
             protection,
             ack_quorum,
+            lease: wanted,
         })
+    }
+
+    /// Says in the registry how the VM fails over, and which process may run it: before its guest runs.
+    pub(super) async fn arrange(&self, generation: Generation) -> Result<(), SessionError> {
+        let failover = match self.lease {
+            None => None,
+            Some(LeaseTerms { ttl, renew_every }) => Some(Failover {
+                ttl_ms: ttl.as_millis() as u64,
+                renew_every_ms: renew_every.as_millis() as u64,
+                process: Some(process::this().map_err(SessionError::Thread)?),
+            }),
+        };
+        match self.registry.set_failover(&self.vm, generation, failover).await {
+            Ok(_) => Ok(()),
+            // One of the version before cannot be told, and does not have to be.
+            Err(error) if failover.is_none() && !matches!(error, RegistryError::Fenced { .. }) => {
+                tracing::warn!(vm = %self.vm, %error, "the registry was not told that the VM is taken over by hand only");
+                Ok(())
+            }
+            Err(error) => Err(self.refused(error)),
+        }
+    }
+
+    /// Says in the registry that the VM does not fail over by itself any more.
+    pub(super) async fn disarrange(&self, generation: Generation) -> Result<(), SessionError> {
+        let told = self.registry.set_failover(&self.vm, generation, None).await;
+        told.map(drop).map_err(|e| self.refused(e))
     }
 
     fn refused(&self, source: RegistryError) -> SessionError {
@@ -92,7 +138,14 @@ impl Ownership {
         let mut record = match self.registry.get_vm(&self.vm).await {
             Ok(record) if record.state == VmState::Stopped => {
                 self.not_behind(&record, implied)?;
-                self.raise(&record).await?
+                let raised = self.raise(&record).await?;
+                // Stopped may also mean that a takeover did not come to its end: the owner before may run still.
+                let time = lease_left(&record, &raised);
+                if !time.is_zero() {
+                    tracing::info!(vm = %self.vm, ?time, "waiting until the owner before has to stand still");
+                    tokio::time::sleep(time).await;
+                }
+                raised
             }
             Ok(record) => return Err(self.refused(taken(record))),
             Err(RegistryError::NoSuchVm { .. }) => self.create().await?,
@@ -223,7 +276,26 @@ impl Ownership {
     pub(super) fn same_cluster(&self, other: &Protection) -> bool {
         other.holders == self.protection.holders
             && other.ack_quorum.is_none_or(|quorum| quorum == self.ack_quorum)
+            && (other.failover.is_none() || other.failover == self.protection.failover)
+            && (other.detect.is_none() || other.detect == self.protection.detect)
             && (other.registry.is_none() || other.registry == self.protection.registry)
+    }
+}
+
+/// The lease that a protection asks for.
+fn terms(protection: &Protection) -> Result<Option<LeaseTerms>, SessionError> {
+    let terms = protection
+        .detect
+        .as_deref()
+        .map(str::parse::<LeaseTerms>)
+        .transpose();
+    let terms = terms.map_err(SessionError::Protection)?;
+    match (protection.failover.unwrap_or_default(), terms) {
+        (FailoverMode::Auto, terms) => Ok(Some(terms.unwrap_or_default())),
+        (FailoverMode::Manual, None) => Ok(None),
+        (FailoverMode::Manual, Some(_)) => Err(SessionError::Protection(
+            "--detect says how fast a lost owner is noticed: it goes with --failover auto".into(),
+        )),
     }
 }
 

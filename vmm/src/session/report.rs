@@ -18,6 +18,26 @@ pub struct Protection {
     /// The agent that keeps the registry (`HOST:PORT`); asked of the holders when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub registry: Option<String>,
+    /// Whether the guest runs under a lease, so that it stands still before another host may run it; `manual` when left
+    /// out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failover: Option<FailoverMode>,
+    /// How fast a lost owner is noticed: `default`, `fast`, or like `ttl=2500ms,renew=400ms`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detect: Option<String>,
+}
+
+/// How a VM is taken over.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum, utoipa::ToSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum FailoverMode {
+    /// The guest runs under a lease of the registry or of enough holders, and stands still without one.
+    Auto,
+    /// The guest runs without a lease, until it is refused as stale.
+    #[default]
+    Manual,
 }
 
 fn default_every_ms() -> u64 {
@@ -109,6 +129,12 @@ pub struct ProtectionStatus {
     /// The agent that keeps the registry.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registry: Option<String>,
+    /// How it is taken over.
+    #[serde(default)]
+    pub failover: FailoverMode,
+    /// How fast a lost owner is noticed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detect: Option<String>,
     /// Each holder.
     pub holders: Vec<HolderReport>,
 }

@@ -80,6 +80,7 @@ impl Change<'_> {
                 leased: None,
                 swap: None,
                 alive: None,
+                failover: None,
             }),
             RegistryRequest::ForgetVm { vm, force } => self.forget(&vm, force),
             RegistryRequest::RegisterSegments {
@@ -227,6 +228,8 @@ impl Change<'_> {
                 let mut record = self.vm(vm.clone())?;
                 rules::owned(&record, *generation)?;
                 record.leased = Some(generation.0);
+                // Seen by whoever looked at the record while there was no lease.
+                record.revision += 1;
                 self.put_vm(&record)?;
                 Some(record)
             }

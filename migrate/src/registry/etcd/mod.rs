@@ -173,6 +173,7 @@ impl Inner {
             | RegistryRequest::RaiseGeneration { .. }
             | RegistryRequest::SetHolders { .. }
             | RegistryRequest::SetSwap { .. }
+            | RegistryRequest::SetFailover { .. }
             | RegistryRequest::SetVmState { .. }) => {
                 rules::invalid(format!("a request in the wrong place: {other:.40?}"))
             }

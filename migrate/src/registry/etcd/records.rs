@@ -120,6 +120,7 @@ impl Inner {
             leased: None,
             swap: None,
             alive: None,
+            failover: None,
         };
         for _ in 0..MAX_TRIES {
             let read = self
