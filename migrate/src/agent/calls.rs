@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use segment::{Generation, VmId};
 
-use super::{Inner, blocking, keep, promote, software};
+use super::{Inner, blocking, keep, promote, software, watch};
 use crate::process;
 use crate::protocol::parent_of;
 use crate::registry::{Answered, RegistryAddr, RegistryError, RegistryRequest, Role};
@@ -109,6 +109,10 @@ async fn answer(inner: Arc<Inner>, call: Call, leases: &mut Leases) -> Answer {
         Call::Keep(call) => keep::keep(&inner, call).await.map(Reply::Kept),
         Call::Fold(call) => keep::fold(&inner, call).await.map(Reply::Folded),
         Call::Verify(call) => keep::verify(&inner, call).await.map(Reply::Verified),
+        Call::OwnerView(call) => {
+            let agent = inner.clone();
+            run(move || Ok(Reply::OwnerView(watch::view(&agent, &call.vm)))).await
+        }
         Call::Process(call) => Ok(Reply::Process(ProcessReport {
             process: process::look(&call.process),
         })),

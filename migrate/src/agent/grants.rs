@@ -36,6 +36,8 @@ struct Held {
 #[derive(Debug)]
 pub(super) struct Grants {
     dir: PathBuf,
+    /// When this holder began.
+    since: Duration,
     // The connections' tasks grant, seals read; held for moments, and never over the disk.
     held: Mutex<HashMap<VmId, Held>>,
 }
@@ -67,7 +69,11 @@ impl Grants {
             held.insert(vm, Held { durable: ttl, grant });
         }
         let held = Mutex::new(held);
-        Ok(Self { dir, held })
+        Ok(Self {
+            dir,
+            since: now,
+            held,
+        })
     }
 
     fn held(&self) -> MutexGuard<'_, HashMap<VmId, Held>> {
@@ -121,6 +127,13 @@ impl Grants {
     pub(super) fn remaining(&self, vm: &VmId) -> Option<Duration> {
         let left = self.held().get(vm)?.grant.remaining(boottime());
         Some(left).filter(|left| !left.is_zero())
+    }
+
+    /// For how long the owner was not heard, and whether it ever was since this holder began.
+    pub(super) fn silent_for(&self, vm: &VmId) -> (Duration, bool) {
+        let now = boottime();
+        let silent = self.held().get(vm).and_then(|held| held.grant.silent_for(now));
+        (silent.unwrap_or(now.saturating_sub(self.since)), silent.is_some())
     }
 }
 

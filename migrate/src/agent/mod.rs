@@ -9,7 +9,7 @@
 //! Invariants: what was acknowledged is durable; one process per data directory (the store's lock); connections, what
 //! each may queue and what each may send are bounded; a VM it starts is a process of its own that outlives it.
 //!
-//! What it never does: it never opens /dev/kvm, and it promotes nothing that nobody asked it to.
+//! What it never does: it never opens /dev/kvm, and it takes over nothing by itself but VMs that run under a lease.
 
 mod calls;
 pub mod cli;
@@ -24,6 +24,7 @@ mod replicate;
 mod sessions;
 mod spawn;
 mod view;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -173,6 +174,7 @@ pub struct Agent {
     accepting: JoinHandle<()>,
     joining: JoinHandle<()>,
     keeping: JoinHandle<()>,
+    watching: JoinHandle<()>,
 }
 
 impl Agent {
@@ -264,6 +266,7 @@ impl Agent {
             connections: AtomicU32::new(0),
             stop: stopped,
         });
+        let watching = tokio::spawn(watch::run(inner.clone()));
         let keeping = tokio::spawn(housekeep::run(inner.clone()));
         let member = Member {
             inner: inner.clone(),
@@ -280,6 +283,7 @@ impl Agent {
             accepting,
             joining,
             keeping,
+            watching,
         })
     }
 
@@ -305,6 +309,8 @@ impl Agent {
     pub async fn stop(mut self) {
         let _ = self.stop.send(true);
         self.inner.housekeeper.stop();
+        // A takeover that is under way has a task of its own.
+        self.watching.abort();
         let _ = tokio::time::timeout(SHUTDOWN, self.keeping).await;
         // Gives the lease back, so that everyone knows at once.
         if tokio::time::timeout(SHUTDOWN, &mut self.joining).await.is_err() {

@@ -53,6 +53,9 @@ pub enum Call {
     /// From another agent: what became of an owner's process, if it is one of this host.
     #[n(12)]
     Process(#[n(0)] ProcessCall),
+    /// From another agent: what this holder sees of a VM's owner.
+    #[n(13)]
+    OwnerView(#[n(0)] OwnerViewCall),
 }
 
 /// An answer.
@@ -103,6 +106,9 @@ pub enum Reply {
     /// What became of the process.
     #[n(14)]
     Process(#[n(0)] ProcessReport),
+    /// What the holder sees.
+    #[n(15)]
+    OwnerView(#[n(0)] OwnerViewReport),
 }
 
 /// Nothing to say beyond the question itself.
@@ -136,6 +142,33 @@ pub struct ProcessReport {
     /// What, when it is one of this host and it can be told.
     #[n(0)]
     pub process: Option<Process>,
+}
+
+/// Of which VM's owner.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct OwnerViewCall {
+    /// The VM.
+    #[cbor(n(0), with = "crate::wire::value")]
+    pub vm: VmId,
+}
+
+/// What a holder sees of a VM's owner.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct OwnerViewReport {
+    /// For how long it has not asked for time; since the holder began when it was never heard.
+    #[n(0)]
+    pub silent_ms: u64,
+    /// Whether it was ever heard since the holder began.
+    #[n(1)]
+    pub heard: bool,
+    /// The newest checkpoint whose chain is whole there.
+    #[cbor(n(2), with = "crate::wire::value", has_nil)]
+    pub newest: Option<SegmentName>,
+    /// Whether that node could run the VM.
+    #[n(3)]
+    pub executes: bool,
 }
 
 /// Which segments to list.
