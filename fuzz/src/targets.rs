@@ -324,6 +324,7 @@ pub fn chain(mut data: &[u8]) {
         plan.load_into(&memory, 1)?;
         Ok(memory.0.into_inner().expect("no panic before"))
     });
+    std::fs::remove_dir_all(&folder).expect("remove the folder");
     let readers: Vec<_> = files
         .iter()
         .filter_map(|bytes| SegmentReader::open(bytes.as_slice()).ok())

@@ -7,22 +7,10 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use common::{Guests, small, wait_for};
+use common::{Guests, config, small, wait_for};
 use migrate::protect::CheckpointRequest;
 use vmm::devices::virtio::setup::DeviceConfig;
-use vmm::session::{Bindings, RestoreFrom, Session, SessionConfig, chain};
-
-fn config(name: &str, store: &Path) -> SessionConfig {
-    SessionConfig {
-        name: name.parse().unwrap(),
-        store: store.to_owned(),
-        store_budget: None,
-        checkpoints: Default::default(),
-        protection: None,
-        generation: None,
-        trust: Default::default(),
-    }
-}
+use vmm::session::{Bindings, RestoreFrom, Session, chain};
 
 fn disk(name: &str, path: &Path) -> DeviceConfig {
     DeviceConfig::Disk {

@@ -6,24 +6,12 @@ mod common;
 use std::path::Path;
 use std::time::Duration;
 
-use common::{Guests, counter, small, wait_for};
+use common::{Guests, config, counter, small, wait_for};
 use migrate::protect::CheckpointRequest;
 use vmm::clock::ClockPolicy;
 use vmm::cpuid::baseline::CpuModel;
-use vmm::session::{RestoreFrom, Session, SessionConfig};
+use vmm::session::{RestoreFrom, Session};
 use vmm::vm::MachineConfig;
-
-fn config(name: &str, store: &Path) -> SessionConfig {
-    SessionConfig {
-        name: name.parse().unwrap(),
-        store: store.to_owned(),
-        store_budget: None,
-        checkpoints: Default::default(),
-        protection: None,
-        generation: None,
-        trust: Default::default(),
-    }
-}
 
 fn from_store(dir: &Path) -> RestoreFrom {
     RestoreFrom::Store {

@@ -102,13 +102,7 @@ fn initramfs(kernel: &Kernel, busybox: &Path) -> Result<Vec<u8>, Error> {
     let busybox = fs::read(busybox).map_err(io("read", busybox))?;
     archive.file("bin/busybox", 0o755, busybox);
     archive.file("bin/torture", 0o755, TORTURE);
-    let mut order = String::new();
-    for module in kernel.modules(&MODULES)? {
-        order += &module.name;
-        order.push('\n');
-        archive.file(&format!("modules/{}.ko", module.name), 0o644, module.data);
-    }
-    archive.file("modules/order", 0o644, order);
+    kernel.add_modules(&MODULES, &mut archive)?;
     Ok(archive.finish())
 }
 

@@ -18,6 +18,7 @@ use std::process::{Command, Stdio};
 
 use super::packages::Package;
 use super::{Error, io};
+use crate::cpio::Archive;
 
 /// No kernel is larger when uncompressed.
 const MAX_VMLINUX_BYTES: usize = 512 << 20;
@@ -103,6 +104,22 @@ impl Kernel {
             search.visit(name)?;
         }
         Ok(search.ordered)
+    }
+
+    /// Puts the modules `wanted`, and what they need, into an initial RAM disk as `modules/NAME.ko`, and their names in
+    /// the order in which they are to be loaded as `modules/order`.
+    ///
+    /// # Errors
+    /// As [`Self::modules`].
+    pub fn add_modules(&self, wanted: &[&str], archive: &mut Archive) -> Result<(), Error> {
+        let mut order = String::new();
+        for module in self.modules(wanted)? {
+            order += &module.name;
+            order.push('\n');
+            archive.file(&format!("modules/{}.ko", module.name), 0o644, module.data);
+        }
+        archive.file("modules/order", 0o644, order);
+        Ok(())
     }
 
     /// The uncompressed kernel: an ELF64 file, with a PVH entry note where the kernel has one.

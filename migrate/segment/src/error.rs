@@ -27,15 +27,12 @@ pub enum FormatError {
     },
     /// The segment uses features a reader has to know, and this one does not.
     #[error(
-        "the segment needs features this program does not have ({}): \
-         read it with the version that wrote it, or a later one",
-        feature_names(*features, names)
+        "the segment needs features this program does not have ({features}): \
+         read it with the version that wrote it, or a later one"
     )]
     UnknownFeatures {
         /// Those it does not know.
         features: Features,
-        /// What the segment's manifest calls the features it needs, where that could be read.
-        names: Vec<String>,
     },
     /// There are fewer bytes than there have to be.
     #[error("{what} is cut short: {need} bytes needed, {have} there; copy the segment again")]
@@ -100,15 +97,6 @@ pub enum FormatError {
         #[source]
         source: io::Error,
     },
-}
-
-/// The features by the names that the segment gives them, else by their bits.
-fn feature_names(features: Features, names: &[String]) -> String {
-    if names.is_empty() {
-        features.to_string()
-    } else {
-        format!("{}; {features}", names.join(", "))
-    }
 }
 
 impl FormatError {

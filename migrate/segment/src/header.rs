@@ -118,10 +118,7 @@ impl Header {
         }
         let unknown = self.features_required.unknown();
         if unknown != Features::NONE {
-            return Err(FormatError::UnknownFeatures {
-                features: unknown,
-                names: Vec::new(),
-            });
+            return Err(FormatError::UnknownFeatures { features: unknown });
         }
         let limit = |what: &'static str, bytes: u64, max: u64| at_most(|| what, bytes, max);
         limit(

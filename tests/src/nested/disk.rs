@@ -96,13 +96,7 @@ fn initramfs(cache: &Path, kernel: &Kernel, busybox: &Path) -> Result<PathBuf> {
     archive.character("dev/console", 5, 1);
     archive.file("init", 0o755, init);
     archive.file("bin/busybox", 0o755, fs::read(busybox)?);
-    let mut order = String::new();
-    for module in kernel.modules(&MODULES)? {
-        order += &module.name;
-        order.push('\n');
-        archive.file(&format!("modules/{}.ko", module.name), 0o644, module.data);
-    }
-    archive.file("modules/order", 0o644, order);
+    kernel.add_modules(&MODULES, &mut archive)?;
     publish(&path, |work| Ok(fs::write(work, archive.finish())?))?;
     Ok(path)
 }

@@ -1,12 +1,13 @@
 //! What the tests of real guests share.
 #![allow(dead_code)] // Each test binary uses its part.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use vmm::boot::BootSource;
 use vmm::cpuid::baseline::CpuModel;
 use vmm::outbox::Outbox;
+use vmm::session::SessionConfig;
 use vmm::vm::MachineConfig;
 
 /// How long a test waits for a guest before it says that the guest hangs.
@@ -59,6 +60,19 @@ pub(crate) fn small(mib: u64) -> MachineConfig {
         memory_bytes: mib << 20,
         vcpus: 1,
         cpu: CpuModel::Host,
+    }
+}
+
+/// An unprotected VM with a store of its own.
+pub(crate) fn config(name: &str, store: &Path) -> SessionConfig {
+    SessionConfig {
+        name: name.parse().unwrap(),
+        store: store.to_owned(),
+        store_budget: None,
+        checkpoints: Default::default(),
+        protection: None,
+        generation: None,
+        trust: Default::default(),
     }
 }
 
