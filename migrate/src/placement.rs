@@ -374,6 +374,8 @@ pub enum Verdict {
     Wait(String),
     /// They are not, and nobody can take the place: in words.
     Short(String),
+    /// A change that is under way cannot end: who joins is gone itself.
+    GiveUp(String),
     /// This is the next change.
     Repair(Repair),
 }
@@ -381,13 +383,19 @@ pub enum Verdict {
 /// What is to be done about a VM's holders, one change at a time. A holder that is gone is replaced after `patience`.
 #[must_use]
 pub fn repair(vm: &VmRecord, nodes: &[Watched], patience: Duration) -> Verdict {
+    let at = |address: &String| nodes.iter().find(|w| w.node.address == *address);
     if let Some(swap) = &vm.swap {
-        return Verdict::Wait(format!("{} joins", swap.joining));
+        return match at(&swap.joining) {
+            None => Verdict::GiveUp(format!("no node listens at {}, which was to join", swap.joining)),
+            Some(w) if w.gone_for.is_some_and(|gone| gone >= patience) || w.node.is_draining() => {
+                Verdict::GiveUp(format!("{}, which was to join, is gone or drained", w.node.name))
+            }
+            Some(_) => Verdict::Wait(format!("{} joins", swap.joining)),
+        };
     }
     if vm.holders.is_empty() {
         return Verdict::Right;
     }
-    let at = |address: &String| nodes.iter().find(|w| w.node.address == *address);
     let drained = vm
         .holders
         .iter()
@@ -433,6 +441,10 @@ pub fn repair(vm: &VmRecord, nodes: &[Watched], patience: Duration) -> Verdict {
     let grows = leaving.is_none() && vm.holders.len() < policy.replicas as usize;
     if leaving.is_none() && !grows {
         return waiting.map_or(Verdict::Right, Verdict::Wait);
+    }
+    if vm.state == VmState::Stopped {
+        // Whoever owns it next may be about to seal them, and only an owner knows what is committed.
+        return Verdict::Wait("the VM is stopped: its holders change when it runs".into());
     }
     let stays: Vec<_> = vm
         .holders
@@ -486,12 +498,6 @@ pub fn caretaker<'a>(vm: &'a VmRecord, nodes: &[Watched]) -> Option<&'a str> {
     };
     let holders = vm.holders.iter().filter(lives);
     holders.min_by_key(|h| draw(&vm.vm, h)).map(String::as_str)
-}
-
-/// Whether nobody ships the VM now, so that a change of its holders need not wait for the owner.
-#[must_use]
-pub fn is_quiet(vm: &VmRecord) -> bool {
-    vm.state == VmState::Stopped
 }
 
 #[cfg(test)]

@@ -484,8 +484,9 @@ impl Session {
         if let Some(shipper) = self.checkpoints.ship(None) {
             shipper.stop().await;
         }
-        for holder in &on.ownership.protection.holders {
-            self.spool.remove_holder(holder);
+        // Those it has now: they may have changed since it began.
+        for holder in self.spool.holders() {
+            self.spool.remove_holder(&holder);
         }
         // What the holders had may be gone from here: the next checkpoint builds on nothing.
         self.checkpoints.orders().full();

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use segment::{Generation, VmId};
 
-use super::{Inner, blocking, keep, promote, software};
+use super::{Inner, blocking, copy, keep, promote, software};
 use crate::protocol::parent_of;
 use crate::registry::{Answered, RegistryAddr, RegistryError, RegistryRequest, Role};
 use crate::store::{Entry, FsStore, Lease, Lineage, StoreError};
@@ -109,6 +109,7 @@ async fn answer(inner: Arc<Inner>, call: Call, leases: &mut Leases) -> Answer {
             run(move || show(&store, &call.name).map(Reply::Show)).await
         }
         Call::Promote(call) => promote::promote(&inner, call).await.map(Reply::Promoted),
+        Call::Copy(call) => copy::copy_vm(&inner, call).await.map(Reply::Copied),
         Call::Forget(call) => forget(&inner, call).await.map(Reply::Forgotten),
         Call::Seal(call) => seal(&inner, call).await,
         Call::Holding(call) => holding(&inner, call).await,

@@ -1,5 +1,6 @@
 //! The command line of `standby`.
 
+mod cluster;
 mod store;
 
 use std::io::Write;
@@ -73,6 +74,14 @@ enum Command {
     Export(store::Export),
     /// Take a restore point from a file that `export` made: checked whole before anything is stored.
     Import(store::Import),
+    /// Say which nodes hold a VM, and why: the choice and each refusal.
+    Explain(cluster::Explain),
+    /// Give a node no more segments, and have those it has copied to others.
+    Drain(cluster::Drain),
+    /// Let a node that was drained take segments again.
+    Join(cluster::Join),
+    /// Take a node that holds nothing any more out of the cluster.
+    Leave(cluster::Leave),
     /// Show one segment.
     Show {
         /// Its name: VM/GENERATION/EPOCH.
@@ -162,6 +171,9 @@ struct ServeArgs {
     /// How long after its last sign of life this node counts as gone.
     #[arg(long, value_name = "TIME", default_value = "6s")]
     lease: humantime::Duration,
+    /// How long a holder of a VM may be gone before another takes its place.
+    #[arg(long, value_name = "TIME", default_value = "5min")]
+    replace_after: humantime::Duration,
     /// The authority that the certificates of etcd's servers are signed by (PEM): TLS is spoken with them.
     #[arg(long, value_name = "FILE")]
     etcd_ca: Option<PathBuf>,
@@ -276,6 +288,10 @@ impl Cli {
             Command::Serve(_) | Command::Ca(_) => Ok(()),
             Command::Ls { vm, json } => ls(&agent, vm, json).await,
             Command::Keep(keep) => keep.run(&agent).await,
+            Command::Explain(explain) => explain.run(&agent).await,
+            Command::Drain(drain) => drain.run(&agent).await,
+            Command::Join(join) => join.run(&agent).await,
+            Command::Leave(leave) => leave.run(&agent).await,
             Command::Fold(fold) => fold.run(&agent).await,
             Command::Verify(verify) => verify.run(&agent).await,
             Command::Export(export) => export.run(&agent).await,
@@ -352,6 +368,7 @@ async fn serve(args: ServeArgs, identity: &IdentityArgs) -> Result<(), CliError>
             password_file: args.etcd_password_file,
         },
         lease_ttl: args.lease.into(),
+        replace_after: args.replace_after.into(),
     };
     let agent = Agent::start(config).await?;
     // For scripts that wait for it, and that let the system choose the port.

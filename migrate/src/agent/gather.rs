@@ -3,18 +3,18 @@
 //! From the tip down, each link from here when it is here, else from the first holder that has it. Holders may have the
 //! same checkpoint in other files (deltas merged, a chain folded), so that links of different holders need not meet:
 //! then, and when what is here turns out to be damaged, the local copy is set aside and one holder's chain is taken as
-//! it is. Every link is verified and stored durably before the next is asked for.
+//! it is. Links that several holders have are fetched from all of them at once before that. Every link is verified and
+//! stored durably; what is here is not asked for again, so a holder that dies costs what it had half sent.
 
 use std::collections::HashMap;
-use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
 use segment::{Generation, SegmentName};
 
-use super::{Inner, blocking};
+use super::{Inner, blocking, copy};
 use crate::protocol::parent_of;
-use crate::store::{Incoming, MAX_CHAIN_LINKS, StoreError, Stored};
+use crate::store::{MAX_CHAIN_LINKS, Pace, Stored};
 use crate::transport::{Client, in_full};
 use crate::wire::{Call, Held, NameCall, Reply, SegmentBrief};
 
@@ -88,6 +88,8 @@ async fn gather_held(
     }
     // Not the agent itself: what it has is here.
     let from: Vec<_> = from.iter().filter(|h| **h != inner.address).cloned().collect();
+    // What several have comes from all of them at once; what is left then, link by link.
+    copy::prefetch(inner, &from, &tip, generation).await;
     let mixed = match gathering.links(&from, &tip).await {
         Ok(()) => return Ok(gathering.replaced),
         Err(why) => why,
@@ -250,42 +252,10 @@ impl Gathering<'_> {
     }
 
     async fn receive(&mut self, holder: &str, brief: &SegmentBrief, held: &Held) -> Result<Stored, String> {
-        if brief.checkpoint != held.checkpoint {
-            return Err(format!(
-                "it has {} as another checkpoint than the chain needs",
-                held.name
-            ));
-        }
         let Some(Ok(client)) = self.clients.get_mut(holder) else {
             return Err("it was not reached".to_owned());
         };
-        let (store, of, generation) = (self.inner.store.clone(), held.name.clone(), self.generation);
-        let bytes = brief.bytes;
-        let begun = blocking(move || store.begin_under(&of, bytes, generation)).await;
-        let mut incoming: Incoming = begun.map_err(|e| in_full(&e))?;
-        while let Some(bytes) = client.next_chunk().await.map_err(|e| in_full(&e))? {
-            let written = blocking(move || {
-                let written = incoming.write_all(&bytes);
-                Ok::<_, StoreError>((incoming, written))
-            });
-            let (back, written) = written.await.map_err(|e| in_full(&e))?;
-            incoming = back;
-            if let Err(error) = written {
-                return Err(incoming
-                    .take_failure()
-                    .map_or_else(|| error.to_string(), |e| in_full(&e)));
-            }
-        }
-        let stored = blocking(move || incoming.commit())
-            .await
-            .map_err(|e| in_full(&e))?;
-        if stored.entry().checkpoint != held.checkpoint {
-            return Err(format!(
-                "{} came as another checkpoint than was announced",
-                held.name
-            ));
-        }
-        tracing::info!(name = %held.name, bytes, from = holder, "fetched");
-        Ok(stored)
+        let pace = Pace::unlimited();
+        copy::receive(self.inner, client, brief, held, self.generation, &pace).await
     }
 }

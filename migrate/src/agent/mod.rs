@@ -13,11 +13,13 @@
 
 mod calls;
 pub mod cli;
+mod copy;
 mod gather;
 mod housekeep;
 mod keep;
 mod member;
 mod promote;
+mod repair;
 mod replicate;
 mod sessions;
 mod spawn;
@@ -39,7 +41,7 @@ use crate::registry::{
     AccessError, Embedded, Etcd, EtcdAccess, NodeRecord, OpenError, Registry, RegistryAddr, RegistryError,
     Remote, Role, random_id, recall,
 };
-use crate::store::{Durability, FsStore, StoreError};
+use crate::store::{Durability, FsStore, Pace, StoreError};
 use crate::transport::certificate::{MAX_NODE_NAME_BYTES, is_node_name};
 use crate::transport::{CertRole, Identity, Link, Peer, Stream, TransportError, expect_hello, in_full};
 use crate::wire::{Message, Purpose, Reject, Welcome};
@@ -48,6 +50,7 @@ use sessions::Sessions;
 
 pub use housekeep::Housekeeping;
 pub use member::LEASE_TTL;
+pub use repair::REPLACE_AFTER;
 pub use spawn::find_vmm;
 
 /// The most connections at once.
@@ -86,6 +89,8 @@ pub struct AgentConfig {
     pub etcd: EtcdAccess,
     /// How long after its last sign of life the node counts as gone.
     pub lease_ttl: Duration,
+    /// How long a holder of a VM may be gone before another takes its place.
+    pub replace_after: Duration,
 }
 
 /// Why an agent did not start.
@@ -159,6 +164,8 @@ struct Inner {
     verifying: tokio::sync::Mutex<()>,
     housekeeper: housekeep::Housekeeper,
     connections: AtomicU32,
+    /// The rate at which segments of other holders are copied here.
+    copying: Pace,
     stop: watch::Receiver<bool>,
 }
 
@@ -169,6 +176,7 @@ pub struct Agent {
     stop: watch::Sender<bool>,
     accepting: JoinHandle<()>,
     joining: JoinHandle<()>,
+    repairing: JoinHandle<()>,
     keeping: JoinHandle<()>,
 }
 
@@ -192,6 +200,7 @@ impl Agent {
             labels,
             etcd: access,
             lease_ttl,
+            replace_after,
         } = config;
         let name = identity.name().to_owned();
         check_name(&name)?;
@@ -239,6 +248,9 @@ impl Agent {
             draining: None,
             alive: None,
         };
+        let copying = housekeeping
+            .rate
+            .map_or_else(Pace::unlimited, Pace::bytes_per_second);
         let housekeeper = housekeep::Housekeeper::new(housekeeping, &data).map_err(usable)?;
         let lease = member::join(&backend, &node, replace, lease_ttl).await?;
         let (stop, stopped) = watch::channel(false);
@@ -257,9 +269,11 @@ impl Agent {
             verifying: tokio::sync::Mutex::default(),
             housekeeper,
             connections: AtomicU32::new(0),
+            copying,
             stop: stopped,
         });
         let keeping = tokio::spawn(housekeep::run(inner.clone()));
+        let repairing = tokio::spawn(repair::run(inner.clone(), replace_after));
         let member = Member {
             inner: inner.clone(),
             node,
@@ -275,6 +289,7 @@ impl Agent {
             accepting,
             joining,
             keeping,
+            repairing,
         })
     }
 
@@ -299,6 +314,8 @@ impl Agent {
     /// Ends the connections and releases the port and the store; VMs it started go on.
     pub async fn stop(mut self) {
         let _ = self.stop.send(true);
+        self.repairing.abort();
+        self.inner.copying.stop();
         self.inner.housekeeper.stop();
         let _ = tokio::time::timeout(SHUTDOWN, self.keeping).await;
         // Gives the lease back, so that everyone knows at once.

@@ -86,8 +86,14 @@ pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief
     let log = prepared.map_err(|e| format!("prepare its directories in {}: {e}", inner.data.display()))?;
     let from = log.metadata().map_or(0, |m| m.len());
     let registry = match &inner.registry_addr {
-        RegistryAddr::Embedded | RegistryAddr::Etcd(_) => inner.address.clone(),
+        RegistryAddr::Embedded => inner.address.clone(),
         RegistryAddr::Agent(address) => address.clone(),
+        // Any agent answers for it: when this one is gone the holders' are asked.
+        RegistryAddr::Etcd(_) => {
+            let others = record.holders.iter().filter(|h| **h != inner.address);
+            let all: Vec<_> = std::iter::once(&inner.address).chain(others).cloned().collect();
+            all.join(",")
+        }
     };
 
     let mut command = Command::new(&vmm);

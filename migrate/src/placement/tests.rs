@@ -188,10 +188,26 @@ fn a_dead_holder_is_replaced_after_a_while() {
         swap: Some(swap),
         ..vm
     };
+    let joining = busy.swap.as_ref().unwrap().joining.replace(":7400", "");
     assert!(matches!(
         repair(&busy, &watched(six(), &[("b1", 60), ("c1", 60)]), PATIENCE),
         Verdict::Wait(_)
     ));
+    // Who was to join is gone too: another is looked for after that.
+    let given_up = repair(
+        &busy,
+        &watched(six(), &[("b1", 60), (joining.as_str(), 60)]),
+        PATIENCE,
+    );
+    assert!(matches!(given_up, Verdict::GiveUp(_)), "{given_up:?}");
+    // Of a stopped one nobody knows what is committed.
+    let stopped = VmRecord {
+        state: VmState::Stopped,
+        swap: None,
+        ..busy
+    };
+    let wait = repair(&stopped, &watched(six(), &[("b1", 60)]), PATIENCE);
+    assert!(matches!(wait, Verdict::Wait(_)), "{wait:?}");
 }
 
 #[test]
@@ -284,8 +300,11 @@ proptest! {
         let stay = able.iter().filter(|n| held.contains(&format!("{n}:7400"))).count();
         let kept = placement.chosen.iter().filter(|c| c.held).count();
         prop_assert_eq!(kept, stay.min(replicas as usize));
-        // The order in which the nodes are listed is nothing.
+        // The order in which the nodes are listed is nothing, nor is what their clocks say.
         let mut other = nodes.clone();
+        for (node, hours) in other.iter_mut().zip(0u64..) {
+            node.joined_unix_ms = order.wrapping_mul(hours);
+        }
         other.sort_by_key(|n| draw(&vm(), &format!("{order}{}", n.name)));
         prop_assert_eq!(placed(&policy, "n0", &held, &other).chosen, placement.chosen);
     }
@@ -319,7 +338,7 @@ proptest! {
                     return Ok(());
                 }
                 Verdict::Short(_) => return Ok(()),
-                Verdict::Wait(why) => prop_assert!(false, "it waits for {}", why),
+                Verdict::Wait(why) | Verdict::GiveUp(why) => prop_assert!(false, "it waits for {}", why),
                 Verdict::Repair(Repair { swap, sources, .. }) => {
                     prop_assert!(able(&swap.joining));
                     prop_assert!(!vm.holders.contains(&swap.joining));

@@ -205,6 +205,16 @@ pub enum LeaseState {
     Never,
 }
 
+impl fmt::Display for LeaseState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Held => "held",
+            Self::Gone => "gone",
+            Self::Never => "never taken",
+        })
+    }
+}
+
 /// One change of a generation's holder set, under way.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
 #[cbor(map)]

@@ -163,7 +163,7 @@ impl Holder {
                     self.shared.identity.clone(),
                     connection,
                     self.heard.clone(),
-                    self.shared.sent[self.at].clone(),
+                    self.shared.sent(self.at),
                 );
                 self.connection = Some(tokio::spawn(run));
             }

@@ -1,4 +1,7 @@
 //! What is committed: pure bookkeeping of who has what.
+//!
+//! While the holder set changes, a checkpoint is committed when a quorum of the old set *and* one of the new set have it:
+//! whichever of the two the registry has in the end, whoever seals it finds everything that was ever committed.
 
 use std::collections::BTreeMap;
 
@@ -21,12 +24,29 @@ pub(super) struct Committed {
 struct HolderLine {
     address: String,
     acked: Option<Held>,
+    /// Counts in the set that the registry has.
+    now: bool,
+    /// Counts in the set that is to come, while there is one.
+    next: bool,
+}
+
+impl HolderLine {
+    fn new(address: &str, now: bool) -> Self {
+        Self {
+            address: address.to_owned(),
+            acked: None,
+            now,
+            next: false,
+        }
+    }
 }
 
 /// Which holder has which checkpoint, and what follows from it.
 #[derive(Debug)]
 pub(super) struct Ledger {
     quorum: usize,
+    /// The quorum of the set that is to come, while there is one.
+    next_quorum: Option<usize>,
     holders: Vec<HolderLine>,
     committed: Option<SegmentName>,
     /// Acknowledged by someone, and the registry does not know it yet.
@@ -37,20 +57,63 @@ pub(super) struct Ledger {
 
 impl Ledger {
     pub(super) fn new(holders: &[String], quorum: usize) -> Self {
-        let holders = holders
-            .iter()
-            .map(|h| HolderLine {
-                address: h.clone(),
-                acked: None,
-            })
-            .collect();
+        let holders = holders.iter().map(|h| HolderLine::new(h, true)).collect();
         Self {
             quorum: quorum.max(1),
+            next_quorum: None,
             holders,
             committed: None,
             unregistered: BTreeMap::new(),
             given_up: 0,
         }
+    }
+
+    /// One that is shipped to and does not count yet; its number.
+    pub(super) fn learn(&mut self, address: &str) -> usize {
+        self.holders.push(HolderLine::new(address, false));
+        self.holders.len() - 1
+    }
+
+    /// From now on a commit needs a quorum of the set to come too, if who joins has all that is committed; else nothing
+    /// changes and false is returned. At this instant nothing is committed that the set to come could miss.
+    pub(super) fn begin_change(&mut self, set: &[String], quorum: usize, joining: usize) -> bool {
+        let acked = self.holders.get(joining).and_then(|l| l.acked.as_ref());
+        let caught_up = match (&self.committed, acked) {
+            (None, _) => true,
+            (Some(committed), Some(acked)) => acked.name >= *committed,
+            (Some(_), None) => false,
+        };
+        if caught_up {
+            self.force_change(set, quorum, joining);
+        }
+        caught_up
+    }
+
+    /// The same, whatever who joins has: the registry has the new set already.
+    pub(super) fn force_change(&mut self, set: &[String], quorum: usize, joining: usize) {
+        self.next_quorum = Some(quorum.max(1));
+        for (at, line) in self.holders.iter_mut().enumerate() {
+            line.next = at == joining || (line.now && set.contains(&line.address));
+        }
+    }
+
+    /// The registry has the new set: only that counts.
+    pub(super) fn finish_change(&mut self) -> Option<Committed> {
+        let quorum = self.next_quorum.take()?;
+        self.quorum = quorum;
+        for line in &mut self.holders {
+            line.now = std::mem::take(&mut line.next);
+        }
+        self.advance()
+    }
+
+    /// The registry keeps the old set.
+    pub(super) fn give_up_change(&mut self) -> Option<Committed> {
+        self.next_quorum = None;
+        for line in &mut self.holders {
+            line.next = false;
+        }
+        self.advance()
     }
 
     pub(super) fn committed(&self) -> Option<&SegmentName> {
@@ -59,6 +122,12 @@ impl Ledger {
 
     pub(super) fn address(&self, holder: usize) -> &str {
         self.holders.get(holder).map_or("", |h| &h.address)
+    }
+
+    /// The number of a holder that counts no more, by its address.
+    pub(super) fn number(&self, address: &str) -> Option<usize> {
+        let leaves = |h: &HolderLine| h.address == address && !h.now;
+        self.holders.iter().rposition(leaves)
     }
 
     pub(super) fn acked(&self, holder: usize) -> Option<&Held> {
@@ -102,16 +171,23 @@ impl Ledger {
         self.advance()
     }
 
-    /// The newest checkpoint that `quorum` holders have: what the quorum-th of them has, newest first.
-    fn advance(&mut self) -> Option<Committed> {
-        let mut newest: Vec<_> = self
-            .holders
-            .iter()
+    /// What the quorum-th of those that count has, newest first.
+    fn of_quorum(&self, quorum: usize, counts: impl Fn(&HolderLine) -> bool) -> Option<SegmentName> {
+        let counting = self.holders.iter().filter(|h| counts(h));
+        let mut newest: Vec<_> = counting
             .filter_map(|h| h.acked.as_ref())
             .map(|a| &a.name)
             .collect();
         newest.sort_unstable_by(|a, b| b.cmp(a));
-        let name = (*newest.get(self.quorum - 1)?).clone();
+        newest.get(quorum - 1).map(|name| (*name).clone())
+    }
+
+    /// The newest checkpoint that a quorum has, of both sets while there are two.
+    fn advance(&mut self) -> Option<Committed> {
+        let mut name = self.of_quorum(self.quorum, |h| h.now)?;
+        if let Some(quorum) = self.next_quorum {
+            name = name.min(self.of_quorum(quorum, |h| h.next)?);
+        }
         if self.committed.as_ref().is_some_and(|c| *c >= name) {
             return None;
         }
@@ -226,6 +302,66 @@ mod tests {
             [1, 2]
         );
         assert!(l.take_unregistered(10).0.is_empty());
+    }
+
+    /// What a sealer of `set` is sure to find: the newest of the worst choice of enough holders to seal.
+    fn sealed(l: &Ledger, set: &[&str], quorum: usize) -> u64 {
+        let acked = |h: &&str| {
+            let line = l.holders.iter().rev().find(|line| line.address == **h);
+            line.and_then(|l| l.acked.as_ref()).map_or(0, |a| a.name.epoch.0)
+        };
+        let mut all: Vec<_> = set.iter().map(acked).collect();
+        all.sort_unstable();
+        all[set.len() - quorum]
+    }
+
+    #[test]
+    fn a_change_of_holders_loses_nothing_that_was_committed_at_any_step() {
+        // Every order of a few acknowledgements, before, during and after the change of c for d.
+        let mut seed = 7u64;
+        let mut next = |n: u64| {
+            seed = seed
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            (seed >> 33) % n
+        };
+        let (old, new) = (["a", "b", "c"], ["a", "b", "d"]);
+        for round in 0..2000 {
+            let mut l = ledger(2);
+            let (mut at, mut phase) = ([0u64; 4], 0);
+            let joining = l.learn("d");
+            for _ in 0..40 {
+                match next(5) {
+                    4 if phase == 0 => {
+                        let set = new.map(str::to_owned);
+                        phase = u8::from(l.begin_change(&set, 2, joining));
+                    }
+                    4 if phase == 1 => {
+                        if next(2) == 0 {
+                            l.finish_change();
+                            phase = 2;
+                        } else {
+                            l.give_up_change();
+                            phase = 0;
+                        }
+                    }
+                    4 => {}
+                    holder => {
+                        let holder = holder as usize;
+                        at[holder] += 1 + next(2);
+                        l.stored(holder, &offer(at[holder]));
+                    }
+                }
+                let committed = l.committed().map_or(0, |c| c.epoch.0);
+                // The registry has the old set until the end of the change, and may have the new one from its begin.
+                if phase <= 1 {
+                    assert!(sealed(&l, &old, 2) >= committed, "round {round} {l:?}");
+                }
+                if phase >= 1 {
+                    assert!(sealed(&l, &new, 2) >= committed, "round {round} {l:?}");
+                }
+            }
+        }
     }
 
     #[test]

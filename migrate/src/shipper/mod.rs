@@ -4,6 +4,7 @@
 //!               +-- task: Sender <-> connection --> holder A
 //!   Spool  -----+-- task: Sender <-> connection --> holder B
 //!    notify     +-- ledger: who has what -> Committed --> registrar --> registry
+//!                +-- keeper: the owner's lease; its record's change of holders --> crew: tasks come and go
 //! ```
 //!
 //! Invariants: a holder's task waits for nobody else, so a slow or dead holder holds up neither the guest nor another
@@ -13,7 +14,9 @@
 //! What it never does: it takes no checkpoint and stops no guest; it says what has to be done by [`ShipEvent`]s.
 
 mod connection;
+mod crew;
 mod holder;
+mod keeper;
 mod ledger;
 mod registrar;
 
@@ -32,9 +35,11 @@ use crate::registry::Registry;
 use crate::spool::Spool;
 use crate::transport::Identity;
 use crate::wire::{Held, Offer};
-use holder::Holder;
+use crew::Crew;
 use ledger::{Committed, Ledger};
 
+/// How long an owner's lease lasts after each renewal, unless it says otherwise.
+pub const LEASE_TTL: Duration = Duration::from_secs(6);
 /// How long the end waits for the registry.
 const LAST_REGISTER: Duration = Duration::from_secs(1);
 
@@ -51,6 +56,8 @@ pub struct ShipperConfig {
     pub ack_quorum: usize,
     /// Who is told what is committed; nobody when absent.
     pub registry: Option<Registry>,
+    /// How long the owner's lease in the registry lasts after each renewal.
+    pub lease_ttl: Duration,
 }
 
 impl ShipperConfig {
@@ -70,6 +77,7 @@ impl ShipperConfig {
             holders,
             ack_quorum,
             registry,
+            lease_ttl: LEASE_TTL,
         }
     }
 }
@@ -104,6 +112,13 @@ pub enum ShipEvent {
         node: String,
         /// The newest checkpoint it has.
         position: Option<SegmentName>,
+    },
+    /// The registry has another holder set for this generation, which counts from now on.
+    HoldersChanged {
+        /// The set.
+        holders: Vec<String>,
+        /// How many of them make a checkpoint committed.
+        ack_quorum: u32,
     },
     /// A holder that was reached before was lost.
     HolderDown {
@@ -175,6 +190,8 @@ pub struct ShipStatus {
     pub newest: Option<SegmentName>,
     /// Each holder.
     pub holders: Vec<HolderStatus>,
+    /// For how long the owner's lease still holds, in milliseconds; absent when it does not.
+    pub lease_ms: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -182,7 +199,41 @@ struct View {
     state: HolderState,
     node: Option<String>,
     since: Instant,
+    sent: Arc<AtomicU64>,
+    /// It is shipped to no more.
+    left: bool,
 }
+
+impl View {
+    fn new() -> Self {
+        Self {
+            state: HolderState::Connecting,
+            node: None,
+            since: Instant::now(),
+            sent: Arc::default(),
+            left: false,
+        }
+    }
+}
+
+/// The last renewal of the owner's lease that was answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Renewal {
+    /// When it was sent, by [`keeper_clock`].
+    pub sent: Duration,
+    /// For how long from then the registry lets nobody else in.
+    pub ttl: Duration,
+}
+
+impl Renewal {
+    /// For how long the lease still holds at `now`.
+    #[must_use]
+    pub fn left(&self, now: Duration) -> Duration {
+        (self.sent + self.ttl).saturating_sub(now)
+    }
+}
+
+pub use keeper::keeper_clock;
 
 /// What the tasks share.
 #[derive(Debug)]
@@ -197,7 +248,8 @@ struct Shared {
     ledger: Mutex<Ledger>,
     // Written by every holder's task, read for the status; held for moments.
     views: Mutex<Vec<View>>,
-    sent: Vec<Arc<AtomicU64>>,
+    /// The owner's lease: none before the first renewal was answered, and after it was refused.
+    lease: watch::Sender<Option<Renewal>>,
     /// Changes when the ledger does.
     changes: watch::Sender<u64>,
 }
@@ -233,6 +285,18 @@ impl Shared {
         self.changes.send_modify(|n| *n += 1);
     }
 
+    fn sent(&self, holder: usize) -> Arc<AtomicU64> {
+        self.views()
+            .get(holder)
+            .map(|view| view.sent.clone())
+            .unwrap_or_default()
+    }
+
+    fn lease_left(&self) -> Option<Duration> {
+        let renewal = (*self.lease.borrow())?;
+        Some(renewal.left(keeper_clock())).filter(|left| !left.is_zero())
+    }
+
     fn show(&self, holder: usize, state: HolderState, node: Option<&str>) {
         let mut views = self.views();
         let Some(view) = views.get_mut(holder) else { return };
@@ -251,8 +315,9 @@ pub struct Shipper {
     shared: Arc<Shared>,
     notify: watch::Sender<u64>,
     stop: watch::Sender<bool>,
-    tasks: Vec<JoinHandle<()>>,
+    crew: Arc<Crew>,
     registrar: Option<(Registry, JoinHandle<()>)>,
+    keeper: Option<JoinHandle<()>>,
 }
 
 impl Shipper {
@@ -270,15 +335,11 @@ impl Shipper {
             holders,
             ack_quorum,
             registry,
+            lease_ttl,
         } = config;
         for address in &holders {
             spool.add_holder(address);
         }
-        let view = || View {
-            state: HolderState::Connecting,
-            node: None,
-            since: Instant::now(),
-        };
         let shared = Arc::new(Shared {
             vm: sender.vm.clone(),
             generation: sender.generation,
@@ -286,27 +347,43 @@ impl Shipper {
             spool,
             events,
             ledger: Mutex::new(Ledger::new(&holders, ack_quorum)),
-            views: Mutex::new(holders.iter().map(|_| view()).collect()),
-            sent: holders.iter().map(|_| Arc::default()).collect(),
+            views: Mutex::new(holders.iter().map(|_| View::new()).collect()),
+            lease: watch::Sender::new(None),
             changes: watch::Sender::new(0),
         });
         let (notify, stop) = (watch::Sender::new(0), watch::Sender::new(false));
-        let tasks = holders.into_iter().enumerate().map(|(at, address)| {
-            let holder = Holder::new(shared.clone(), at, address, sender.clone());
-            handle.spawn(holder.run(notify.subscribe(), stop.subscribe()))
-        });
-        let tasks = tasks.collect();
-        let registrar = registry.map(|registry| {
+        let crew = Arc::new(Crew::new(
+            handle.clone(),
+            shared.clone(),
+            sender,
+            notify.clone(),
+            stop.clone(),
+        ));
+        for (at, address) in holders.iter().enumerate() {
+            crew.start(at, address);
+        }
+        let registrar = registry.clone().map(|registry| {
             let run = registrar::run(shared.clone(), registry.clone(), stop.subscribe());
             (registry, handle.spawn(run))
+        });
+        let keeper = registry.map(|registry| {
+            let keeper = keeper::Keeper::new(shared.clone(), crew.clone(), registry, lease_ttl);
+            handle.spawn(keeper.run(stop.subscribe()))
         });
         Self {
             shared,
             notify,
             stop,
-            tasks,
+            crew,
             registrar,
+            keeper,
         }
+    }
+
+    /// The owner's lease in the registry, as it is renewed: none before the first answer, and when it was refused.
+    #[must_use]
+    pub fn lease(&self) -> watch::Receiver<Option<Renewal>> {
+        self.shared.lease.subscribe()
     }
 
     /// A new segment is in the spool. Never blocks.
@@ -321,7 +398,8 @@ impl Shipper {
         let newest = entries.last().map(|e| e.name.clone());
         let ledger = self.shared.ledger();
         let views = self.shared.views();
-        let holders = views.iter().enumerate().map(|(at, view)| {
+        let stays = views.iter().enumerate().filter(|(_, view)| !view.left);
+        let holders = stays.map(|(at, view)| {
             let acked = ledger.acked(at).map(|h| h.name.clone());
             let lacking = entries
                 .iter()
@@ -340,7 +418,7 @@ impl Shipper {
                 acked,
                 lag_epochs,
                 lag_bytes,
-                bytes_sent: self.shared.sent[at].load(Ordering::Relaxed),
+                bytes_sent: view.sent.load(Ordering::Relaxed),
             }
         });
         let holders = holders.collect();
@@ -348,6 +426,7 @@ impl Shipper {
             committed: ledger.committed().cloned(),
             newest,
             holders,
+            lease_ms: self.shared.lease_left().map(|left| left.as_millis() as u64),
         }
     }
 
@@ -378,7 +457,11 @@ impl Shipper {
     pub async fn stop(self) {
         // Nobody may be left to hear it.
         let _ = self.stop.send(true);
-        for task in self.tasks {
+        // First who could start another task.
+        if let Some(keeper) = self.keeper {
+            let _ = keeper.await;
+        }
+        for task in self.crew.take() {
             let _ = task.await;
         }
         if let Some((registry, task)) = self.registrar {

@@ -52,6 +52,9 @@ pub enum Call {
     /// Take the archive of a restore point, which follows as chunks on the call's stream, ended by `End`.
     #[n(12)]
     Import(#[n(0)] Nothing),
+    /// From another agent: copy what the holders of a VM have, to become one.
+    #[n(20)]
+    Copy(#[n(0)] CopyCall),
 }
 
 /// An answer.
@@ -102,6 +105,9 @@ pub enum Reply {
     /// The restore point is here.
     #[n(14)]
     Imported(#[n(0)] ImportReport),
+    /// What was copied.
+    #[n(20)]
+    Copied(#[n(0)] CopyReport),
 }
 
 /// Nothing to say beyond the question itself.
@@ -156,6 +162,39 @@ pub struct PromoteCall {
     /// Go on from the newest that is there, even if a later one was committed and is lost.
     #[n(2)]
     pub accept_loss: bool,
+}
+
+/// What to copy.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct CopyCall {
+    /// The VM.
+    #[cbor(n(0), with = "crate::wire::value")]
+    pub vm: VmId,
+    /// The generation it is owned under.
+    #[cbor(n(1), with = "crate::wire::value")]
+    pub generation: Generation,
+    /// The holders that have it, HOST:PORT.
+    #[n(2)]
+    pub from: Vec<String>,
+}
+
+/// What was copied.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct CopyReport {
+    /// How many segments.
+    #[n(0)]
+    pub segments: u64,
+    /// How many bytes.
+    #[n(1)]
+    pub bytes: u64,
+    /// The newest checkpoint whose chain is whole there now.
+    #[n(2)]
+    pub newest: Option<Held>,
+    /// What went wrong on the way, in words.
+    #[n(3)]
+    pub notes: Vec<String>,
 }
 
 /// Which VM to forget.

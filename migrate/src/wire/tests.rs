@@ -361,6 +361,11 @@ fn calls() -> Vec<Message> {
             only_here: false,
         }),
         Call::Fetch(NameCall { name: name(1) }),
+        Call::Copy(CopyCall {
+            vm: vm(),
+            generation: Generation(2),
+            from: vec!["h:1".into()],
+        }),
     ];
     let calls = requests.into_iter().map(Call::Registry).chain(calls);
     calls.map(|c| Message::Call(Box::new(c))).collect()
@@ -507,6 +512,12 @@ fn replies() -> Vec<Message> {
             notes: vec![],
         }),
         Reply::Fetch(brief()),
+        Reply::Copied(CopyReport {
+            segments: 1,
+            bytes: 2,
+            newest: Some(held(3)),
+            notes: vec!["n".into()],
+        }),
         Reply::Failed(Failure { why: "w".into() }),
         Reply::Fenced(Fenced {
             vm: vm(),

@@ -41,6 +41,17 @@ pub fn segment_bytes(
     parent: Option<(&SegmentName, CheckpointId)>,
     pages: u64,
 ) -> Vec<u8> {
+    other_bytes(name, checkpoint, parent, pages, 0)
+}
+
+/// The same, of as many bytes, with other content for every `salt`.
+pub fn other_bytes(
+    name: &SegmentName,
+    checkpoint: CheckpointId,
+    parent: Option<(&SegmentName, CheckpointId)>,
+    pages: u64,
+    salt: u64,
+) -> Vec<u8> {
     let space = Space {
         id: SpaceId::MEMORY,
         name: "memory".into(),
@@ -74,7 +85,7 @@ pub fn segment_bytes(
     };
     let mut writer = SegmentWriter::new(Cursor::new(Vec::new()), &manifest, &[record]).unwrap();
     let mut encoder = FrameEncoder::new(1);
-    let mut state = u64::from_le_bytes(checkpoint.0[..8].try_into().unwrap()) | 1;
+    let mut state = u64::from_le_bytes(checkpoint.0[..8].try_into().unwrap()) ^ salt << 1 | 1;
     let mut next = || {
         // xorshift: what zstd cannot make smaller.
         state ^= state << 13;
@@ -131,6 +142,7 @@ pub fn config(dir: &Path, node: &str, registry: RegistryAddr) -> AgentConfig {
         labels: Default::default(),
         etcd: Default::default(),
         lease_ttl: migrate::agent::LEASE_TTL,
+        replace_after: migrate::agent::REPLACE_AFTER,
     }
 }
 

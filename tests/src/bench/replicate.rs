@@ -111,6 +111,7 @@ async fn start(
             every_ms: EVERY_MS,
             ack_quorum: None,
             registry: None,
+            policy: None,
         }),
         generation: None,
         trust: IdentityArgs {

@@ -41,6 +41,7 @@ pub(crate) async fn agent(lab: &Lab, data: &Path) -> Result<Agent> {
         labels: Default::default(),
         etcd: Default::default(),
         lease_ttl: migrate::agent::LEASE_TTL,
+        replace_after: migrate::agent::REPLACE_AFTER,
         housekeeping: Default::default(),
     };
     Agent::start(config).await.context("start an agent")
@@ -127,7 +128,7 @@ async fn ship(lab: &Lab, store: &Arc<FsStore>, name: &SegmentName, holder: &Agen
                 ShipEvent::HolderDown { why, .. } => bail!("the holder went away: {why}"),
                 ShipEvent::Fenced { current, .. } => bail!("the holder has promised generation {current}"),
                 ShipEvent::NeedFull { .. } => bail!("the holder asks for another full segment"),
-                ShipEvent::HolderUp { .. } => {}
+                ShipEvent::HolderUp { .. } | ShipEvent::HoldersChanged { .. } => {}
             }
         }
         bail!("the shipper ended")

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use migrate::placement::{LabelRule, Policy};
 use migrate::transport::IdentityArgs;
 use segment::VmId;
 
@@ -42,14 +43,30 @@ pub(super) struct Keeping {
     /// Standby agents that hold copies
     #[arg(long, value_name = "HOST:PORT,..", value_delimiter = ',')]
     protect_to: Vec<String>,
+    /// Standby agents that hold copies are chosen among the registry's nodes, and replaced when they are gone
+    #[arg(long, conflicts_with = "protect_to", requires = "registry")]
+    protect: bool,
+    /// How many nodes hold copies, with --protect [default: 2]
+    #[arg(long, value_name = "N", requires = "protect")]
+    replicas: Option<u32>,
+    /// What each of them must be labelled, with --protect: KEY=VALUE, KEY!=VALUE, KEY!= (another than this host's
+    /// node), KEY. May be given more than once
+    #[arg(long, value_name = "RULE", requires = "protect")]
+    label: Vec<LabelRule>,
+    /// The label whose values they are spread over, with --protect
+    #[arg(long, value_name = "KEY", requires = "protect")]
+    spread: Option<String>,
+    /// What each must have free, with --protect, like 10G
+    #[arg(long, value_name = "SIZE", value_parser = size::bytes, requires = "protect")]
+    min_free: Option<u64>,
     /// Time from one checkpoint to the next, when protected [default: 200ms]
     #[arg(long, value_name = "TIME", value_parser = size::millis)]
     every: Option<u64>,
     /// How many holders must have a checkpoint for it to count [default: a majority]
     #[arg(long, value_name = "N")]
     ack_quorum: Option<usize>,
-    /// The agent that keeps the registry [default: the one the holders name]
-    #[arg(long, value_name = "HOST:PORT")]
+    /// The agents that answer for the registry [default: the ones the holders name]
+    #[arg(long, value_name = "HOST:PORT,..")]
     registry: Option<String>,
     #[command(flatten)]
     pub(super) trust: IdentityArgs,
@@ -84,6 +101,25 @@ impl Keeping {
                 every_ms: before.as_ref().map_or(200, |before| before.every_ms),
                 ack_quorum: before.as_ref().and_then(|before| before.ack_quorum),
                 registry: before.and_then(|before| before.registry),
+                policy: None,
+            });
+        }
+        if self.protect {
+            let usual = Policy::of(self.replicas.unwrap_or(2));
+            let policy = Policy {
+                ack_quorum: self.ack_quorum.map_or(usual.ack_quorum, |quorum| quorum as u32),
+                labels: self.label.clone(),
+                spread: self.spread.clone(),
+                min_free_bytes: self.min_free.unwrap_or(0),
+                ..usual
+            };
+            policy.check().map_err(CliError::Said)?;
+            config.protection = Some(Protection {
+                holders: Vec::new(),
+                every_ms: config.protection.as_ref().map_or(200, |before| before.every_ms),
+                ack_quorum: None,
+                registry: None,
+                policy: Some(policy),
             });
         }
         match &mut config.protection {
@@ -98,7 +134,7 @@ impl Keeping {
             {
                 return Err(CliError::Said(
                     "--every, --ack-quorum and --registry say how a VM is protected: say to where with --protect-to \
-                     HOST:PORT"
+                     HOST:PORT, or have holders chosen with --protect"
                         .into(),
                 ));
             }

@@ -39,6 +39,9 @@ impl Follower {
                 } => {
                     tracing::info!(vm = %self.name, %holder, %node, position = ?position, "holder up");
                 }
+                ShipEvent::HoldersChanged { holders, ack_quorum } => {
+                    tracing::info!(vm = %self.name, ?holders, ack_quorum, "the holders changed");
+                }
                 ShipEvent::HolderDown { holder, why } => {
                     tracing::warn!(vm = %self.name, %holder, %why, "holder down; the guest runs on");
                 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use migrate::placement::{Placing, Policy, place};
 use migrate::registry::{NewVm, Registry, RegistryError, VmRecord, VmState};
 use migrate::spool::Position;
 use migrate::transport::{Client, Identity, IdentityArgs};
@@ -33,11 +34,19 @@ impl Ownership {
         mut protection: Protection,
         trust: &IdentityArgs,
     ) -> Result<Self, SessionError> {
-        let ack_quorum = check(&protection)?;
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
         let identity = trust.identity(&host).map_err(SessionError::Identity)?;
+        if protection.holders.is_empty()
+            && let Some(policy) = &protection.policy
+        {
+            protection.holders = choose(vm, &identity, policy, protection.registry.as_deref()).await?;
+            protection.ack_quorum = Some(policy.ack_quorum as usize);
+        }
+        let ack_quorum = check(&protection)?;
         let (mut up, mut down) = (0, Vec::new());
-        let mut found = None;
+        // Every agent that answers for the registry: when one of them is gone another is asked. (Should they belong to
+        // two registries, the answers of one are refused by what was seen of the other.)
+        let mut found: Vec<String> = Vec::new();
         for address in &protection.holders {
             match Client::connect(address, &identity).await {
                 Ok(client) => {
@@ -47,7 +56,9 @@ impl Ownership {
                         .registry
                         .clone()
                         .unwrap_or_else(|| address.clone());
-                    found.get_or_insert(registry);
+                    if !found.contains(&registry) {
+                        found.push(registry);
+                    }
                 }
                 Err(error) => down.push(super::chain(&error)),
             }
@@ -61,7 +72,7 @@ impl Ownership {
                 why: down.join("; "),
             });
         }
-        let address = protection.registry.get_or_insert(found.unwrap_or_default());
+        let address = protection.registry.get_or_insert_with(|| found.join(","));
         let registry = Registry::remote(address, &identity);
         Ok(Self {
             vm: vm.clone(),
@@ -173,7 +184,7 @@ impl Ownership {
             holders: self.protection.holders.clone(),
             ack_quorum: self.quorum(),
             every_ms: self.protection.every_ms,
-            policy: None,
+            policy: self.protection.policy.clone(),
         };
         self.registry.create_vm(new).await.map_err(|e| self.refused(e))
     }
@@ -221,10 +232,59 @@ impl Ownership {
 
     /// Whether `other` differs in the pace at most.
     pub(super) fn same_cluster(&self, other: &Protection) -> bool {
-        other.holders == self.protection.holders
+        // Chosen by a policy: they are the ones it has, whatever has become of them since.
+        let chosen = other.holders.is_empty() && other.policy == self.protection.policy;
+        (chosen || other.holders == self.protection.holders)
             && other.ack_quorum.is_none_or(|quorum| quorum == self.ack_quorum)
             && (other.registry.is_none() || other.registry == self.protection.registry)
     }
+}
+
+/// The holders that a policy gives; those the VM has already stay as long as they may.
+async fn choose(
+    vm: &VmId,
+    identity: &Identity,
+    policy: &Policy,
+    registry: Option<&str>,
+) -> Result<Vec<String>, SessionError> {
+    policy.check().map_err(SessionError::Protection)?;
+    let Some(address) = registry else {
+        return Err(SessionError::Protection(
+            "holders are chosen among the registry's nodes: say where it is with --registry HOST:PORT (any agent)"
+                .into(),
+        ));
+    };
+    let refused = |source| SessionError::Registry {
+        vm: vm.clone(),
+        source,
+    };
+    let registry = Registry::remote(address, identity);
+    let held = match registry.get_vm(vm).await {
+        Ok(record) => record.holders,
+        Err(RegistryError::NoSuchVm { .. }) => Vec::new(),
+        Err(error) => return Err(refused(error)),
+    };
+    let nodes = registry.all_nodes().await.map_err(refused)?;
+    let placing = Placing {
+        vm,
+        policy,
+        owner: identity.name(),
+        held: &held,
+    };
+    let placement = place(&placing, &nodes);
+    if placement.chosen.len() < policy.ack_quorum as usize {
+        return Err(SessionError::Protection(format!(
+            "VM {vm} cannot be protected by {policy}: {}. Start more agents, or ask for less",
+            placement.shortage()
+        )));
+    }
+    for choice in &placement.chosen {
+        tracing::info!(%vm, node = %choice.node, address = %choice.address, why = %choice.why, "a holder was chosen");
+    }
+    if placement.missing > 0 {
+        tracing::warn!(%vm, why = %placement.shortage(), "fewer holders than asked for, until there are more nodes");
+    }
+    Ok(placement.addresses())
 }
 
 fn taken(record: VmRecord) -> RegistryError {

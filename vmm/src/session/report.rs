@@ -1,5 +1,6 @@
 //! What a session tells of itself: plain data, as the control API shows it.
 
+use migrate::placement::Policy;
 use migrate::shipper::{HolderState, HolderStatus};
 use serde::{Deserialize, Serialize};
 
@@ -7,7 +8,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Protection {
-    /// Addresses (`HOST:PORT`) of the standby agents that hold copies.
+    /// Addresses (`HOST:PORT`) of the standby agents that hold copies; chosen by `policy` when left out.
+    #[serde(default)]
     pub holders: Vec<String>,
     /// Milliseconds from the start of one checkpoint to the start of the next.
     #[serde(default = "default_every_ms")]
@@ -15,9 +17,15 @@ pub struct Protection {
     /// How many holders must have a checkpoint for it to be committed; a majority when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ack_quorum: Option<usize>,
-    /// The agent that keeps the registry (`HOST:PORT`); asked of the holders when left out.
+    /// The agents that answer for the registry (`HOST:PORT`, or several separated by commas); asked of the holders when
+    /// left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub registry: Option<String>,
+    /// What holders are chosen by: `replicas`, `ack_quorum`, and where wanted `labels` (like `zone!=`), `spread` and
+    /// `min_free_bytes`. The VM's holders are replaced by it when they are gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub policy: Option<Policy>,
 }
 
 fn default_every_ms() -> u64 {

@@ -108,6 +108,7 @@ pub(in crate::api) async fn protection(State(app): App) -> Result<Json<Protectio
             every_ms: status.every_ms,
             ack_quorum: Some(status.ack_quorum),
             registry: status.registry,
+            policy: None,
         }),
     };
     protection
