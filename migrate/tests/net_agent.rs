@@ -460,3 +460,45 @@ async fn a_promote_without_enough_holders_or_on_a_storage_node_is_refused() {
         .unwrap()
         .unwrap();
 }
+
+#[test]
+fn systemd_hears_that_it_is_ready_lives_and_stops() {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+    let dir = tempfile::tempdir().unwrap();
+    let abstract_name = format!("understudy-test-{}", std::process::id());
+    let path = dir.path().join("notify");
+    let by_name = SocketAddr::from_abstract_name(&abstract_name).unwrap();
+    for (at, socket, data) in [
+        (
+            path.display().to_string(),
+            UnixDatagram::bind(&path).unwrap(),
+            "a",
+        ),
+        (
+            format!("@{abstract_name}"),
+            UnixDatagram::bind_addr(&by_name).unwrap(),
+            "b",
+        ),
+    ] {
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        let hear = || {
+            let mut text = [0; 100];
+            let n = socket.recv(&mut text).unwrap();
+            String::from_utf8_lossy(&text[..n]).into_owned()
+        };
+        let env = [("NOTIFY_SOCKET", at.as_str()), ("WATCHDOG_USEC", "20000")];
+        let data = dir.path().join(data);
+        let mut served = Served::start_in(&data, "a", "127.0.0.1:0", &[], &env);
+        assert_eq!(hear(), "READY=1");
+        assert_eq!(hear(), "WATCHDOG=1");
+        // Its certificate would be read again; it goes on.
+        let pid = rustix::process::Pid::from_child(&served.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
+        for _ in 0..5 {
+            assert_eq!(hear(), "WATCHDOG=1");
+        }
+        assert!(served.terminate().success());
+        while hear() != "STOPPING=1" {}
+    }
+}

@@ -6,63 +6,17 @@ mod net_common;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use migrate::agent::Agent;
 use migrate::ca::{self, NewCertificate};
-use migrate::registry::{Registry, RegistryAddr};
 use migrate::transport::{
     CertRole, Identity, Link, NodeIdentity, Peer, TransportError, connect, expect_hello, in_full,
 };
 use migrate::wire::{Message, Purpose, Welcome};
+use net_common::authority::*;
 use net_common::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-
-const NODE: &[CertRole] = &[CertRole::Execute, CertRole::Store];
-const DAY: Duration = Duration::from_secs(24 * 3600);
-
-/// An authority in a temporary folder.
-struct Authority(tempfile::TempDir);
-
-impl Authority {
-    fn new(cluster: &str) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        ca::init(dir.path(), cluster, 10).unwrap();
-        Self(dir)
-    }
-
-    fn dir(&self, node: &str) -> PathBuf {
-        self.0.path().join(node)
-    }
-
-    fn issue_as(&self, wanted: &NewCertificate) -> PathBuf {
-        let dir = self.dir(&wanted.node);
-        ca::issue(self.0.path(), &dir, wanted, true).unwrap();
-        dir
-    }
-
-    fn issue(&self, node: &str, roles: &[CertRole]) -> Identity {
-        Identity::tls(&self.issue_as(&NewCertificate::new(node, roles, 10))).unwrap()
-    }
-
-    /// A certificate that was valid when it was read, and holds for `from` to `to` days from now since.
-    fn at(&self, node: &str, roles: &[CertRole], from: i32, to: i32) -> Identity {
-        let identity = self.issue(node, roles);
-        let now = SystemTime::now();
-        let day = |n: i32| match n {
-            n if n < 0 => now - DAY * n.unsigned_abs(),
-            n => now + DAY * n.unsigned_abs(),
-        };
-        self.issue_as(&NewCertificate {
-            not_before: day(from),
-            not_after: day(to),
-            ..NewCertificate::new(node, roles, 10)
-        });
-        identity.reload();
-        identity
-    }
-}
 
 /// What comes of a greeting between the two: who the listener took the caller for, and what the caller heard.
 async fn meet(listener: &Identity, caller: &Identity) -> (Result<Peer, String>, Result<(), String>) {
@@ -95,12 +49,6 @@ async fn meet_at(
     let (heard, said) = tokio::join!(listening, calling);
     let told = |e: TransportError| in_full(&e);
     (heard.map_err(told), said.map(drop).map_err(told))
-}
-
-fn has(text: &str, parts: &[&str]) {
-    for part in parts {
-        assert!(text.contains(part), "{part:?} is not in {text:?}");
-    }
 }
 
 #[tokio::test]
@@ -415,45 +363,6 @@ async fn own_certificates_get_their_roles_from_a_table() {
         &in_full(&Identity::tls(&wrong).unwrap_err()),
         &["roles.toml", "line 3", "role"],
     );
-}
-
-#[tokio::test]
-async fn segments_go_from_an_owner_to_agents_over_tls() {
-    let lab = Authority::new("lab");
-    let dir = tempfile::tempdir().unwrap();
-    let start = async |node: &str, registry: RegistryAddr| {
-        let config = migrate::agent::AgentConfig {
-            identity: lab.issue(node, NODE),
-            ..config(dir.path(), node, registry)
-        };
-        Agent::start(config).await.unwrap()
-    };
-    let a = start("a", RegistryAddr::Embedded).await;
-    let b = start("b", RegistryAddr::Agent(a.address().to_owned())).await;
-    let oak = lab.issue("owner", &[CertRole::Owner]);
-    let registry = Registry::remote(b.address(), &oak);
-    assert!(registry.list_nodes(None, 10).await.is_err(), "b does not keep it");
-    let registry = Registry::remote(a.address(), &oak);
-    let holders = [a.address(), b.address()];
-    let generation = create(&registry, "web", &holders, 2).await;
-    let mut owner = Owner::tuned(
-        dir.path(),
-        "web",
-        generation,
-        &holders,
-        2,
-        Some(registry.clone()),
-        |config| config.identity = oak.clone(),
-    );
-    // Larger than what is sent without being asked for, so that both directions are busy.
-    for pages in [4000, 3, 5] {
-        let name = owner.take(pages);
-        owner.wait_committed(&name).await;
-    }
-    owner.shipper.stop().await;
-    assert_eq!(a.store().entries(&vm("web")).len(), 3);
-    a.stop().await;
-    b.stop().await;
 }
 
 #[tokio::test]

@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use segment::{Generation, VmId};
 
+use super::authority::{Asked, Denied};
 use super::{Inner, blocking, copy, keep, promote, software};
 use crate::protocol::parent_of;
 use crate::registry::{Answered, RegistryAddr, RegistryError, RegistryRequest, Role};
 use crate::store::{Entry, FsStore, Lease, Lineage, StoreError};
-use crate::transport::{ByteStream, Client, FrameWriter, Link, PING_EVERY, TransportError, in_full};
+use crate::transport::{ByteStream, Client, FrameWriter, Link, PING_EVERY, Peer, TransportError, in_full};
 use crate::wire::{
     AgentStatus, Call, End, Failure, Fenced, ForgetCall, ForgetReport, HoldingCall, ListCall,
     MAX_PAGE_SEGMENTS, Message, Ping, Reject, Reply, SealCall, SealReport, SegmentBrief, SegmentDetail,
@@ -34,7 +35,11 @@ const MAX_STATUS_VMS: usize = 1000;
 const MAX_LEASES: usize = 16;
 
 /// Serves calls, one after the other, until the caller is gone.
-pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, mut link: Link<S>) -> Result<(), TransportError> {
+pub(super) async fn serve<S: ByteStream>(
+    inner: Arc<Inner>,
+    mut link: Link<S>,
+    peer: &Peer,
+) -> Result<(), TransportError> {
     let mut leases = Leases::new();
     loop {
         let Ok(next) = tokio::time::timeout(IDLE, link.reader.next()).await else {
@@ -58,13 +63,15 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, mut link: Link<S>) -
             }
         };
         if let Call::Import(_) = call {
-            let reply = keep::import(&inner, &mut link, next.stream).await?;
+            let verdict = inner.judge(peer, Asked::Call(&call)).await;
+            let refused = verdict.err().map(|denied| refusal(denied, &call));
+            let reply = keep::import(&inner, &mut link, next.stream, refused).await?;
             link.writer
                 .send(next.stream, &Message::Reply(Box::new(reply)))
                 .await?;
             continue;
         }
-        let mut answering = std::pin::pin!(answer(inner.clone(), call, &mut leases));
+        let mut answering = std::pin::pin!(judged(inner.clone(), peer, call, &mut leases));
         let (reply, file) = loop {
             tokio::select! {
                 answered = &mut answering => break answered,
@@ -95,6 +102,32 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, mut link: Link<S>) -
 type Leases = Vec<Lease>;
 
 type Answer = (Reply, Option<(File, u64)>);
+
+/// Answers what the peer may ask, and says why it does not answer the rest.
+async fn judged(inner: Arc<Inner>, peer: &Peer, call: Call, leases: &mut Leases) -> Answer {
+    match inner.judge(peer, Asked::Call(&call)).await {
+        Ok(()) => answer(inner, call, leases).await,
+        Err(denied) => (refusal(denied, &call), None),
+    }
+}
+
+fn refusal(denied: Denied, call: &Call) -> Reply {
+    match (denied, call) {
+        (Denied::Over { current }, Call::Seal(seal)) => Reply::Fenced(Fenced {
+            vm: seal.vm.clone(),
+            asked: seal.generation,
+            current,
+        }),
+        // A refusal of the registry, so that it is not taken for one that is away.
+        (Denied::Never(why) | Denied::Later(why), Call::Registry(_)) => {
+            Reply::RegistryRefused(RegistryError::Invalid { why }, None)
+        }
+        (Denied::Never(why) | Denied::Later(why), _) => Reply::Failed(Failure { why }),
+        (Denied::Over { current }, _) => Reply::Failed(Failure {
+            why: format!("that generation is over: the registry is at {current}"),
+        }),
+    }
+}
 
 async fn answer(inner: Arc<Inner>, call: Call, leases: &mut Leases) -> Answer {
     let reply = match call {

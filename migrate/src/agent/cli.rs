@@ -13,13 +13,14 @@ use clap::{Args, Parser, Subcommand};
 use segment::{SegmentName, VmId};
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::systemd::Systemd;
 use super::{Agent, AgentConfig, AgentError, Housekeeping, view};
 use crate::ca::{CaCommand, CaError};
 use crate::placement::LabelRule;
 use crate::protect::DEFAULT_MAX_LINKS;
 use crate::registry::{EtcdAccess, NodeRecord, Registry, RegistryAddr, RegistryError, Role, VmRecord};
 use crate::store::KeepPolicy;
-use crate::transport::{CallError, Client, Identity, IdentityArgs, TransportError, in_full};
+use crate::transport::{CallError, CertRole, Client, Identity, IdentityArgs, TransportError, in_full};
 use crate::wire::{
     Call, ForgetCall, KeepCall, ListCall, MAX_PAGE_SEGMENTS, NameCall, Nothing, PromoteCall, Reply,
     SegmentBrief,
@@ -136,8 +137,8 @@ struct ServeArgs {
     /// This node's name, unique in the cluster [default: the certificate's; without one, the host's name].
     #[arg(long)]
     name: Option<String>,
-    /// What this node does.
-    #[arg(long, value_delimiter = ',', default_value = "execute,store")]
+    /// What this node does [default: what its certificate allows; without one, execute,store].
+    #[arg(long, value_delimiter = ',')]
     roles: Vec<Role>,
     /// Where the registry is: `embedded` (this agent keeps it), HOST:PORT of the agent that does, or
     /// etcd://HOST:PORT,HOST:PORT,HOST:PORT.
@@ -339,16 +340,27 @@ async fn serve(args: ServeArgs, identity: &IdentityArgs) -> Result<(), CliError>
             source,
         })
     };
+    let mut hangup = signals(SignalKind::hangup())?;
     let (mut term, mut int) = (
         signals(SignalKind::terminate())?,
         signals(SignalKind::interrupt())?,
     );
+    let roles = match (args.roles, identity.certificate()) {
+        (roles, _) if !roles.is_empty() => roles,
+        (_, None) => vec![Role::Execute, Role::Store],
+        (_, Some(certificate)) => {
+            let of = |(role, cert)| certificate.node.has(cert).then_some(role);
+            let both = [(Role::Execute, CertRole::Execute), (Role::Store, CertRole::Store)];
+            both.into_iter().filter_map(of).collect()
+        }
+    };
+    let own = identity.clone();
     let config = AgentConfig {
         listen: args.listen,
         advertise: args.advertise,
         data: args.data,
         identity,
-        roles: args.roles,
+        roles,
         registry: args.registry,
         budget: args.budget.map(|b| b.as_u64()),
         vmm: args.vmm,
@@ -373,10 +385,17 @@ async fn serve(args: ServeArgs, identity: &IdentityArgs) -> Result<(), CliError>
     let agent = Agent::start(config).await?;
     // For scripts that wait for it, and that let the system choose the port.
     print(&format!("listening on {}", agent.address()));
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = int.recv() => {}
+    let systemd = Systemd::from_env();
+    systemd.say("READY=1");
+    loop {
+        tokio::select! {
+            _ = term.recv() => break,
+            _ = int.recv() => break,
+            _ = hangup.recv() => own.reload(),
+            () = systemd.next_sign() => systemd.say("WATCHDOG=1"),
+        }
     }
+    systemd.say("STOPPING=1");
     tracing::info!("the agent ends; VMs it started go on");
     agent.stop().await;
     Ok(())

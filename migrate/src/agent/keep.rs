@@ -12,7 +12,7 @@ use super::housekeep::{FOLD_LEVEL, check_one};
 use super::{Inner, blocking};
 use crate::registry::{RegistryError, random_id};
 use crate::store::{Health, KeepPolicy, Lineage, Pace, StoreError};
-use crate::transport::{ByteStream, Client, Link, PING_EVERY, TransportError, in_full};
+use crate::transport::{ByteStream, Client, Link, PING_EVERY, TransportError, in_full, within};
 use crate::wire::{
     Call, Failure, FoldCall, FoldReport, ImportReport, KeepCall, KeepReport, Message, Ping, Reject, Reply,
     VerifyCall, VerifyReport,
@@ -22,6 +22,8 @@ use crate::wire::{
 const KEEP_DEADLINE: Duration = Duration::from_secs(10);
 /// The most problems one report lists.
 const MAX_PROBLEMS: usize = 1000;
+/// How long the next piece of an archive may take: whoever sends it may be reading a slow disk.
+const IMPORT_IDLE: Duration = Duration::from_secs(60);
 /// The most pieces of an archive that wait for the disk.
 const IMPORT_QUEUE: usize = 8;
 /// What stands for the agent's own policy.
@@ -226,12 +228,18 @@ impl Read for Pieces {
     }
 }
 
-/// Takes an archive, which comes as chunks on `stream`.
+/// Takes an archive, which comes as chunks on `stream`; when it is `refused`, it is read for nobody, so that the caller
+/// hears why at its end.
 pub(super) async fn import<S: ByteStream>(
     inner: &Arc<Inner>,
     link: &mut Link<S>,
     stream: u32,
+    refused: Option<Reply>,
 ) -> Result<Reply, TransportError> {
+    if let Some(refused) = refused {
+        let failed = archive(link, stream, None).await?;
+        return Ok(failed.map_or(refused, Reply::Failed));
+    }
     let (pieces, incoming) = mpsc::channel(IMPORT_QUEUE);
     let store = inner.store.clone();
     let mut working = tokio::task::spawn_blocking(move || {
@@ -240,22 +248,8 @@ pub(super) async fn import<S: ByteStream>(
             piece: std::io::Cursor::new(Vec::new()),
         })
     });
-    loop {
-        let next = link.reader.next().await?;
-        match next.message {
-            // When the import has failed already, the rest is read for nobody: the caller hears of it at the end.
-            Message::Chunk(piece) if next.stream == stream => drop(pieces.send(piece).await),
-            Message::End(_) if next.stream == stream => break,
-            Message::Ping(_) => {}
-            other => {
-                let why = format!(
-                    "{} came where a piece of the archive was due",
-                    other.kind().name()
-                );
-                link.reject(Reject::PROTOCOL, &why).await;
-                return Ok(Reply::Failed(Failure { why }));
-            }
-        }
+    if let Some(failure) = archive(link, stream, Some(&pieces)).await? {
+        return Ok(Reply::Failed(failure));
     }
     drop(pieces);
     let imported = loop {
@@ -278,4 +272,40 @@ pub(super) async fn import<S: ByteStream>(
             why: format!("the import failed inside: {e}"),
         }),
     })
+}
+
+/// Reads the pieces of an archive until its end.
+async fn archive<S: ByteStream>(
+    link: &mut Link<S>,
+    stream: u32,
+    to: Option<&mpsc::Sender<Vec<u8>>>,
+) -> Result<Option<Failure>, TransportError> {
+    let peer = link.peer().to_owned();
+    loop {
+        let next = within(
+            &peer,
+            "send the next piece of the archive",
+            IMPORT_IDLE,
+            link.reader.next(),
+        );
+        let next = next.await?;
+        match next.message {
+            Message::Chunk(piece) if next.stream == stream => {
+                if let Some(to) = to {
+                    // When the import has failed already, the rest is read for nobody: the caller hears of it at the end.
+                    drop(to.send(piece).await);
+                }
+            }
+            Message::End(_) if next.stream == stream => return Ok(None),
+            Message::Ping(_) => {}
+            other => {
+                let why = format!(
+                    "{} came where a piece of the archive was due",
+                    other.kind().name()
+                );
+                link.reject(Reject::PROTOCOL, &why).await;
+                return Ok(Some(Failure { why }));
+            }
+        }
+    }
 }

@@ -11,18 +11,24 @@
 //!
 //! What it never does: it never opens /dev/kvm, and it promotes nothing that nobody asked it to.
 
+mod authority;
+#[cfg(test)]
+mod authority_tests;
 mod calls;
 pub mod cli;
 mod copy;
+mod door;
 mod gather;
 mod housekeep;
 mod keep;
 mod member;
+mod owners;
 mod promote;
 mod repair;
 mod replicate;
 mod sessions;
 mod spawn;
+mod systemd;
 mod view;
 
 use std::collections::BTreeMap;
@@ -30,11 +36,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::registry::{
@@ -43,18 +48,18 @@ use crate::registry::{
 };
 use crate::store::{Durability, FsStore, Pace, StoreError};
 use crate::transport::certificate::{MAX_NODE_NAME_BYTES, is_node_name};
-use crate::transport::{CertRole, Identity, Link, Peer, Stream, TransportError, expect_hello, in_full};
-use crate::wire::{Message, Purpose, Reject, Welcome};
+use crate::transport::{CertRole, Identity, Peer, TransportError};
+use crate::wire::Welcome;
+use authority::{Asked, Denied, Owner, authorise, to_have_as_committed, whose};
 use member::Member;
 use sessions::Sessions;
 
+pub use door::{MAX_CONNECTIONS, MAX_OF_NODE, MAX_STRANGERS};
 pub use housekeep::Housekeeping;
 pub use member::LEASE_TTL;
 pub use repair::REPLACE_AFTER;
 pub use spawn::find_vmm;
 
-/// The most connections at once.
-pub const MAX_CONNECTIONS: usize = 256;
 /// How long the end waits for connections.
 const SHUTDOWN: Duration = Duration::from_secs(2);
 /// How long accepting pauses after it failed (too many open files).
@@ -114,6 +119,14 @@ pub enum AgentError {
         /// The role.
         role: Role,
     },
+    /// It is to do nothing.
+    #[error(
+        "the certificate of {name} has neither the role execute nor store: it is no agent's. Issue one with --role"
+    )]
+    NoRole {
+        /// The node's name.
+        name: String,
+    },
     /// Nobody can reach it at the address it listens on.
     #[error("others cannot reach this node at {listen}: say the address they use with --advertise HOST:PORT")]
     Advertise {
@@ -159,6 +172,7 @@ struct Inner {
     registry_addr: RegistryAddr,
     vmm: Option<PathBuf>,
     sessions: Sessions,
+    owners: owners::Owners,
     promotes: promote::UnderWay,
     /// Held while stored bytes are checked for another agent.
     verifying: tokio::sync::Mutex<()>,
@@ -254,6 +268,7 @@ impl Agent {
         let housekeeper = housekeep::Housekeeper::new(housekeeping, &data).map_err(usable)?;
         let lease = member::join(&backend, &node, replace, lease_ttl).await?;
         let (stop, stopped) = watch::channel(false);
+        let owners = owners::Owners::new(data.join("owners"));
         let inner = Arc::new(Inner {
             name,
             address,
@@ -264,6 +279,7 @@ impl Agent {
             registry: backend.clone(),
             registry_addr: registry,
             vmm,
+            owners,
             sessions: Sessions::default(),
             promotes: promote::UnderWay::default(),
             verifying: tokio::sync::Mutex::default(),
@@ -281,7 +297,7 @@ impl Agent {
             ttl: lease_ttl,
         };
         let joining = tokio::spawn(member.keep(lease));
-        let accepting = tokio::spawn(accept(inner.clone(), listener));
+        let accepting = tokio::spawn(door::accept(inner.clone(), listener));
         tracing::info!(node = %inner.name, address = %inner.address, registry = %inner.registry_addr, "agent up");
         Ok(Self {
             inner,
@@ -364,6 +380,11 @@ fn check_roles(identity: &Identity, roles: &[Role]) -> Result<(), AgentError> {
             Role::Store => CertRole::Store,
         })
     };
+    if roles.is_empty() {
+        return Err(AgentError::NoRole {
+            name: certificate.node.name.clone(),
+        });
+    }
     match roles.iter().find(|role| !allowed(role)) {
         Some(role) => Err(AgentError::Role {
             name: certificate.node.name.clone(),
@@ -397,70 +418,9 @@ fn node_id(data: &Path) -> io::Result<[u8; 16]> {
     }
 }
 
-async fn accept(inner: Arc<Inner>, listener: TcpListener) {
-    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let mut stop = inner.stop.clone();
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            _ = stop.changed() => break,
-        };
-        let (stream, peer) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::warn!(%error, "accept");
-                tokio::time::sleep(ACCEPT_AGAIN).await;
-                continue;
-            }
-        };
-        let Ok(permit) = permits.clone().try_acquire_owned() else {
-            tracing::warn!(%peer, "refused: {MAX_CONNECTIONS} connections are open");
-            tokio::spawn(async move {
-                let why = format!("{MAX_CONNECTIONS} connections are open here: try again later");
-                Link::new(stream, "peer").reject(Reject::BUSY, &why).await;
-            });
-            continue;
-        };
-        let (inner, mut stop, peer) = (inner.clone(), stop.clone(), peer.to_string());
-        tokio::spawn(async move {
-            inner.connections.fetch_add(1, Ordering::Relaxed);
-            tokio::select! {
-                () = greeted(&inner, stream, &peer) => {}
-                _ = stop.changed() => {}
-            }
-            inner.connections.fetch_sub(1, Ordering::Relaxed);
-            drop(permit);
-        });
-    }
-    drop(listener);
-    // All of them: their tasks end by `stop`.
-    let _ = tokio::time::timeout(SHUTDOWN, permits.acquire_many(MAX_CONNECTIONS as u32)).await;
-}
-
-async fn greeted(inner: &Arc<Inner>, stream: TcpStream, peer: &str) {
-    let served = async {
-        let (stream, who) = inner.identity.accept(stream, peer).await?;
-        serve(inner, stream, peer, &who).await
-    };
-    match served.await {
-        Ok(()) => {}
-        // Someone has to do something about it.
-        Err(
-            error @ (TransportError::Untrusted { .. }
-            | TransportError::Mixed { .. }
-            | TransportError::Version { .. }),
-        ) => {
-            tracing::warn!(peer, error = %in_full(&error), "a connection was refused");
-        }
-        Err(error) => tracing::debug!(peer, error = %in_full(&error), "a connection ended"),
-    }
-}
-
-async fn serve(inner: &Arc<Inner>, stream: Stream, peer: &str, who: &Peer) -> Result<(), TransportError> {
-    tracing::debug!(peer, %who, "connected");
-    let mut link = Link::new(stream, peer);
-    let (hello, version) = expect_hello(&mut link, "").await?;
-    let welcome = Welcome {
+/// What an agent says of itself.
+fn welcome(inner: &Inner, version: u16) -> Welcome {
+    Welcome {
         version,
         node: inner.name.clone(),
         registry: match &inner.registry_addr {
@@ -468,14 +428,24 @@ async fn serve(inner: &Arc<Inner>, stream: Stream, peer: &str, who: &Peer) -> Re
             RegistryAddr::Agent(address) => Some(address.clone()),
         },
         software: software(),
-    };
-    link.writer.send(0, &Message::Welcome(welcome)).await?;
-    match hello.purpose {
-        Purpose::Ship => {
-            replicate::serve(inner.clone(), link).await;
-            Ok(())
+    }
+}
+
+impl Inner {
+    /// Whether `peer` may have what it asks; logged when it may not.
+    async fn judge(&self, peer: &Peer, asked: Asked<'_>) -> Result<(), Denied> {
+        let owner = match (peer, whose(asked)) {
+            (Peer::Node(node), Some((vm, generation))) => {
+                let unless_of = to_have_as_committed(asked).then_some(node.name.as_str());
+                self.owners.of(&self.registry, vm, generation, unless_of).await
+            }
+            (Peer::Node(_), None) | (Peer::Anyone, _) => Owner::Unknown,
+        };
+        let verdict = authorise(&self.name, peer, asked, &owner);
+        if let Err(Denied::Never(why)) = &verdict {
+            tracing::warn!(%peer, why, "refused");
         }
-        Purpose::Call => calls::serve(inner.clone(), link).await,
+        verdict
     }
 }
 

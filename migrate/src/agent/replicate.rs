@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io::Write;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use segment::{Generation, SegmentName, VmId};
@@ -13,11 +14,14 @@ use tokio::io::AsyncWrite;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::authority::{Asked, Denied};
 use super::sessions::Session;
 use super::{Inner, housekeep};
 use crate::protocol::{BeginResult, CommitResult, PromiseResult, Receiver, ReceiverAction, ReceiverEvent};
 use crate::store::{FsStore, Incoming, Lease, StoreError, Stored};
-use crate::transport::{ByteStream, DEAD_AFTER, FrameWriter, Link, PING_EVERY, TransportError, in_full};
+use crate::transport::{
+    ByteStream, DEAD_AFTER, FrameWriter, Link, PING_EVERY, Peer, TransportError, in_full,
+};
 use crate::wire::{Held, Message, Offer, RefuseReason, Reject};
 
 /// The most pieces that wait for the disk.
@@ -36,7 +40,7 @@ enum Job {
 }
 
 /// Serves one connection until it ends.
-pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, link: Link<S>) {
+pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, link: Link<S>, who: &Peer) {
     let peer = link.peer().to_owned();
     let started = Instant::now();
     let mut receiver = Receiver::new(PING_EVERY, DEAD_AFTER, started.elapsed());
@@ -63,6 +67,8 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, link: Link<S>) {
     let mut waiting: VecDeque<Job> = VecDeque::new();
     let (kick, mut kicked) = mpsc::unbounded_channel();
     let mut session: Option<Session> = None;
+    // The owner that is asked about, if one is: an answer of the registry is waited for without holding up the rest.
+    let mut judging: Option<Judging<'_>> = None;
     let why = loop {
         let deadline = receiver.deadline().map(|at| started + at);
         let event = tokio::select! {
@@ -70,6 +76,16 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, link: Link<S>) {
             biased;
             Some(result) = results.recv() => result,
             Some(current) = kicked.recv() => ReceiverEvent::Superseded { current },
+            judged = judged(&mut judging) => {
+                judging = None;
+                match judged {
+                    Ok(job) => {
+                        waiting.push_back(job);
+                        continue;
+                    }
+                    Err(result) => ReceiverEvent::Promised(result),
+                }
+            }
             permit = jobs.reserve(), if !waiting.is_empty() => {
                 match (permit, waiting.pop_front()) {
                     (Ok(permit), Some(job)) => permit.send(job),
@@ -98,6 +114,10 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, link: Link<S>) {
         }
         let mut end = None;
         for action in actions {
+            if let ReceiverAction::Promise { vm, generation } = action {
+                judging = Some(Box::pin(judge(&inner, who, vm, generation)));
+                continue;
+            }
             end = perform(action, &mut writer, &mut waiting).await.or(end);
         }
         if let Some(why) = end {
@@ -111,6 +131,26 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, link: Link<S>) {
         tracing::info!(vm = %session.vm(), %peer, %why, "the owner's connection ended");
     } else {
         tracing::debug!(%peer, %why, "a connection ended");
+    }
+}
+
+type Judging<'a> = Pin<Box<dyn Future<Output = Result<Job, PromiseResult>> + Send + 'a>>;
+
+/// Whether the owner may ship: then the disk is to promise its generation.
+async fn judge(inner: &Inner, who: &Peer, vm: VmId, generation: Generation) -> Result<Job, PromiseResult> {
+    let asked = Asked::Ship { vm: &vm, generation };
+    match inner.judge(who, asked).await {
+        Ok(()) => Ok(Job::Promise { vm, generation }),
+        Err(Denied::Over { current }) => Err(PromiseResult::Fenced { current }),
+        // It asks again after a while, and shows why meanwhile.
+        Err(Denied::Never(why) | Denied::Later(why)) => Err(PromiseResult::Failed { why }),
+    }
+}
+
+async fn judged(judging: &mut Option<Judging<'_>>) -> Result<Job, PromiseResult> {
+    match judging {
+        Some(judging) => judging.await,
+        None => std::future::pending().await,
     }
 }
 

@@ -357,7 +357,13 @@ pub async fn expect_hello<S: ByteStream>(
     let peer = link.peer().to_owned();
     // No longer than a greeting: who connects has not said yet what for.
     let greeting = link.reader.next_of(MAX_MESSAGE_BYTES);
-    let first = within(&peer, "greet", HANDSHAKE_TIMEOUT, greeting).await?;
+    let first = match within(&peer, "greet", HANDSHAKE_TIMEOUT, greeting).await {
+        Err(error @ TransportError::Wire { .. }) => {
+            link.reject(Reject::PROTOCOL, &in_full(&error)).await;
+            return Err(error);
+        }
+        other => other?,
+    };
     let Message::Hello(hello) = first.message else {
         let got = first.message.kind().name();
         let why = format!("{got} came where Hello was due");

@@ -1,6 +1,7 @@
 //! What the network tests share: synthetic checkpoints, agents in this process, and waiting for conditions.
 #![allow(dead_code, unreachable_pub, reason = "each test uses its part")]
 
+pub mod authority;
 pub mod etcd;
 pub mod model;
 pub mod process;

@@ -30,6 +30,17 @@ pub fn stdout(output: &Output) -> String {
 impl Served {
     /// Starts it and waits until it listens.
     pub fn start(data: &Path, name: &str, listen: &str, more: &[&str]) -> Self {
+        Self::start_in(data, name, listen, more, &[])
+    }
+
+    /// The same, with something in its environment.
+    pub fn start_in(
+        data: &Path,
+        name: &str,
+        listen: &str,
+        more: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_standby"));
         command
             .args([
@@ -44,6 +55,7 @@ impl Served {
             .arg(data)
             .args(more);
         command
+            .envs(environment.iter().copied())
             .env("RUST_LOG", "warn")
             .stdout(Stdio::piped())
             .stdin(Stdio::null());
