@@ -19,6 +19,7 @@ mod limits;
 mod overhead;
 mod pages;
 mod process;
+mod recover;
 mod replicate;
 mod restore;
 pub mod row;
@@ -112,6 +113,11 @@ static BENCHES: &[Bench] = &[
         rows: &["store.put_ms"],
         about: "a segment of 100 KB made durable in a store",
         measure: store::measure,
+    },
+    Bench {
+        rows: &["store.recover_ms"],
+        about: "the start of an agent with 100,000 segments after SIGKILL",
+        measure: recover::measure,
     },
     Bench {
         rows: &["vmm.boot_ms"],

@@ -23,7 +23,7 @@ const GUEST_MAPPING: &str = "/memfd:guest-ram";
 const SETTLE: Duration = Duration::from_secs(1);
 
 /// A child process, ended when this is dropped.
-struct Process(Child);
+pub(super) struct Process(Child);
 
 impl Drop for Process {
     fn drop(&mut self) {
@@ -35,7 +35,7 @@ impl Drop for Process {
 
 impl Process {
     /// Starts a command, and waits for the first byte of its output.
-    fn start(command: &mut Command) -> Result<(Self, Duration)> {
+    pub(super) fn start(command: &mut Command) -> Result<(Self, Duration)> {
         let start = Instant::now();
         let child = command
             .stdin(Stdio::null())
