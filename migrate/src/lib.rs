@@ -23,6 +23,7 @@ pub mod placement;
 pub mod protect;
 pub mod protocol;
 pub mod registry;
+pub mod regular;
 pub mod shipper;
 pub mod spool;
 pub mod store;

@@ -339,7 +339,7 @@ fn open_link(store: &FsStore, name: &SegmentName) -> Result<Link, LoadError> {
 }
 
 fn open_file(path: &Path) -> Result<Link, LoadError> {
-    let file = File::open(path).map_err(|source| LoadError::Open {
+    let file = crate::regular::open(path).map_err(|source| LoadError::Open {
         path: path.to_owned(),
         source,
     })?;

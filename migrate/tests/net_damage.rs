@@ -182,3 +182,28 @@ async fn parts_of_two_holders_make_a_whole() {
     let output = pair.promote(&[]);
     pair.ran_from(&output, &pair.tip);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_hangs_is_ended_and_named() {
+    let mut pair = Pair::new(2, 4).await;
+    let pid_file = pair.dir.path().join("pid");
+    let body = format!("#!/bin/sh\necho $$ > {}\nexec sleep 600\n", pid_file.display());
+    fs::write(pair.dir.path().join("vmm"), body).unwrap();
+    let address = pair.b.address.clone();
+    pair.b.kill();
+    let more = ["--vmm", pair.vmm.as_str(), "--registry", &pair.a.address];
+    let more = [&more[..], &["--restore-timeout", "1s"]].concat();
+    pair.b = Served::start(&pair.dir.path().join("b"), "b", &address, &more);
+    let told = stderr(&pair.promote(&[]));
+    let pid = fs::read_to_string(&pid_file).unwrap();
+    for part in [
+        &format!("process {}", pid.trim()),
+        "within 1s",
+        "--restore-timeout",
+        "is safe",
+    ] {
+        assert!(told.contains(part), "{told} lacks {part:?}");
+    }
+    let stat = fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
+    assert!(stat.is_err(), "it is still there: {stat:?}");
+}

@@ -263,3 +263,171 @@ fn work_between_two_pauses_is_not_forgotten() {
     let before = epoch(&cluster.status("naps", &machine.run_dir).unwrap()["newest"]["name"]);
     committed(&cluster, &machine, before.max(2) + 1);
 }
+
+#[test]
+fn a_second_copy_is_not_started_by_accident() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut cluster, holders) = pair(&folder);
+    let protect = ["--memory", "32M", "--every", "50ms", "--protect-to", &holders];
+    let machine = cluster.launch("web", "ticker", "period_ms=5", &protect).unwrap();
+    committed(&cluster, &machine, 3);
+    let restore = |cluster: &Cluster, run: &str, more: &[&str]| {
+        let mut command = cluster.vmm("restore", &folder.path().join(run));
+        command.args(more).arg("--detach");
+        command.stdin(std::process::Stdio::null()).output().unwrap()
+    };
+    let text = |path: std::path::PathBuf| path.display().to_string();
+    let agent = text(cluster.agents[1].data.join("store"));
+    let (r1, r2) = (text(folder.path().join("s1")), text(folder.path().join("s2")));
+
+    // It runs: neither from a holder's store, nor from its own, nor from the bare files.
+    let files: Vec<String> = std::fs::read_dir(format!("{agent}/segments/web/1"))
+        .unwrap()
+        .map(|entry| text(entry.unwrap().path()))
+        .filter(|path| path.ends_with("/1.seg"))
+        .collect();
+    assert_eq!(files.len(), 1);
+    for source in [
+        vec!["web", "--from", &agent, "--store", &r1],
+        vec!["--store", &r1, &files[0]],
+    ] {
+        let refused = restore(&cluster, "r1", &source);
+        assert!(!refused.status.success(), "{source:?} ran a second copy");
+        for part in [
+            "in the care of a cluster",
+            "standby promote web",
+            "--name OTHER",
+            "--allow-second-copy",
+        ] {
+            assert!(
+                said(&refused).contains(part),
+                "{source:?}: {} lacks {part:?}",
+                said(&refused)
+            );
+        }
+    }
+    // A copy beside it, and one that was asked for by its flag, are fine.
+    let copy = restore(
+        &cluster,
+        "r1",
+        &["web", "--from", &agent, "--name", "copy", "--store", &r1],
+    );
+    assert!(copy.status.success(), "{}", said(&copy));
+    let checkpoint = cluster
+        .vmm("checkpoint", &folder.path().join("r1"))
+        .arg("copy")
+        .output();
+    assert!(checkpoint.unwrap().status.success());
+    let stop = cluster
+        .vmm("stop", &folder.path().join("r1"))
+        .arg("copy")
+        .output();
+    assert!(stop.unwrap().status.success());
+    let certain = restore(
+        &cluster,
+        "r2",
+        &["web", "--from", &agent, "--allow-second-copy", "--store", &r2],
+    );
+    assert!(certain.status.success(), "{}", said(&certain));
+    let stop = cluster.vmm("stop", &folder.path().join("r2")).arg("web").output();
+    assert!(stop.unwrap().status.success());
+
+    // Another VM's store is not taken for one's own.
+    let mixed = cluster
+        .vmm("run", &folder.path().join("r3"))
+        .args(["--name", "db", "--memory", "32M", "--store", &r1, "--kernel"])
+        .arg(cluster.guest("ticker"))
+        .arg("--detach")
+        .output()
+        .unwrap();
+    assert!(
+        !mixed.status.success() && said(&mixed).contains("is that of VM copy"),
+        "{}",
+        said(&mixed)
+    );
+}
+
+#[test]
+fn of_an_unprotected_vm_one_copy_runs_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::new(folder.path(), false).unwrap();
+    let mut machine = cluster
+        .launch("solo", "ticker", "period_ms=5", &["--memory", "32M"])
+        .unwrap();
+    run_json(
+        cluster
+            .vmm("checkpoint", &machine.run_dir)
+            .args(["solo", "--json"]),
+    )
+    .unwrap();
+    let own = folder.path().join("vms/solo").display().to_string();
+    let restore = |run: &str| {
+        let mut command = cluster.vmm("restore", &folder.path().join(run));
+        command.args(["solo", "--from", &own, "--detach", "--store"]);
+        command.arg(folder.path().join(format!("{run}-store")));
+        command.stdin(std::process::Stdio::null()).output().unwrap()
+    };
+    let refused = restore("r1");
+    assert!(
+        !refused.status.success() && said(&refused).contains("seems to run already"),
+        "{}",
+        said(&refused)
+    );
+    machine.kill().unwrap();
+    let first = restore("r1");
+    assert!(first.status.success(), "{}", said(&first));
+    let second = restore("r2");
+    assert!(
+        !second.status.success() && said(&second).contains("seems to run already"),
+        "two restores of one VM ran at once: {}",
+        said(&second)
+    );
+    let stop = cluster
+        .vmm("stop", &folder.path().join("r1"))
+        .arg("solo")
+        .output()
+        .unwrap();
+    assert!(stop.status.success(), "{}", said(&stop));
+}
+
+#[test]
+fn a_stop_says_which_holder_lacks_what() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut cluster, holders) = pair(&folder);
+    for (quorum, committed_here) in [("1", true), ("2", false)] {
+        let name = format!("q{quorum}");
+        let protect = [
+            "--memory",
+            "32M",
+            "--every",
+            "50ms",
+            "--ack-quorum",
+            quorum,
+            "--protect-to",
+            &holders,
+        ];
+        let mut machine = cluster.launch(&name, "ticker", "period_ms=5", &protect).unwrap();
+        committed(&cluster, &machine, 3);
+        cluster.kill_agent(1).unwrap();
+        let stop = cluster
+            .vmm("stop", &machine.run_dir)
+            .args([&name, "--drain", "1s"])
+            .output()
+            .unwrap();
+        machine.wait().unwrap();
+        let told = said(&stop);
+        assert_eq!(stop.status.success(), committed_here, "{told}");
+        let lacks = format!(
+            "holder {} (birch) lacks the last checkpoint, {name}/1/",
+            cluster.agents[1].address
+        );
+        assert!(told.contains(&lacks), "{told:?} lacks {lacks:?}");
+        if !committed_here {
+            assert!(
+                told.contains("is not committed") && told.contains("vmm restore"),
+                "{told}"
+            );
+        }
+        cluster.restart_agent(1).unwrap();
+    }
+}

@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 use migrate::load::LoadPlan;
 use migrate::protect::{CheckpointRequest, Parent, ProtectOptions, Protector};
 use migrate::registry::VmState;
-use migrate::shipper::{Shipper, ShipperConfig};
+use migrate::shipper::{ShipStatus, Shipper, ShipperConfig};
 use migrate::spool::{Position, Spool};
-use migrate::store::{Durability, FsStore, StoreError};
+use migrate::store::{Durability, FsStore, StoreError, StoreLock};
 use migrate::transport::IdentityArgs;
 use segment::{Generation, SegmentName, VmId};
 use tokio::sync::mpsc;
@@ -40,10 +40,11 @@ mod error;
 mod follower;
 mod ownership;
 mod report;
+mod sole;
 
 pub use disks::{BindError, Bindings};
 pub use error::{SessionError, chain};
-pub use report::{CheckpointReport, HolderReport, Protection, ProtectionStatus, SessionStatus};
+pub use report::{CheckpointReport, HolderReport, Protection, ProtectionStatus, SessionStatus, StopReport};
 
 /// What a session is made with.
 #[derive(Debug, Clone)]
@@ -62,6 +63,8 @@ pub struct SessionConfig {
     pub generation: Option<Generation>,
     /// Who this process is to the holders and the registry.
     pub trust: IdentityArgs,
+    /// The user is certain that a restore under the VM's own name is not a second copy of it.
+    pub second_copy: bool,
 }
 
 /// What a restore starts from.
@@ -89,6 +92,8 @@ pub struct Session {
     restored_from: Option<SegmentName>,
     started: Instant,
     store: Arc<FsStore>,
+    /// Where it came from, kept from a second process that would be the same VM.
+    _source: Option<StoreLock>,
     spool: Arc<Spool>,
     checkpoints: Checkpoints,
     /// What the checkpoint thread and the shipper's events report; held for a copy.
@@ -118,6 +123,7 @@ struct Origin {
     store: Arc<FsStore>,
     ownership: Option<Ownership>,
     generation: Generation,
+    source: Option<StoreLock>,
     /// What its first checkpoint may build on.
     parent: Option<Parent>,
     restored_from: Option<SegmentName>,
@@ -165,6 +171,7 @@ impl Session {
                 store,
                 ownership,
                 generation,
+                source: None,
                 parent: None,
                 restored_from: None,
             },
@@ -195,6 +202,7 @@ impl Session {
     ) -> Result<Self, SessionError> {
         let plan = load_plan(&config, &from)?;
         let tip = plan.manifest().name.clone();
+        let source = sole::check(&config, &from, &tip)?;
         let records = plan.records()?;
         let saved = state::from_records(&records).map_err(|source| SessionError::State {
             name: tip.clone(),
@@ -244,6 +252,7 @@ impl Session {
                 store,
                 ownership,
                 generation,
+                source,
                 parent,
                 restored_from: Some(tip),
             },
@@ -274,6 +283,7 @@ impl Session {
             store,
             ownership,
             generation,
+            source: from_store,
             parent,
             restored_from,
         } = origin;
@@ -303,6 +313,7 @@ impl Session {
             restored_from,
             started: Instant::now(),
             store,
+            _source: from_store,
             spool,
             checkpoints,
             progress,
@@ -458,6 +469,7 @@ impl Session {
                 // The session's generation is in every checkpoint it has taken, so it cannot change: the registry
                 // must give the very same one.
                 ownership.claim_exactly(self.generation).await?;
+                self.store.promise(&self.config.name, self.generation)?;
                 // Ours from here on, whatever fails below: a second try finds it.
                 let on = guard.insert(Guard {
                     ownership,
@@ -545,12 +557,38 @@ impl Session {
         }
     }
 
+    /// The last state could not be committed: it is kept in the local store, which on its own has changes only.
+    async fn keep_here(&self, shipping: &ShipStatus, report: &mut StopReport) {
+        let full = CheckpointRequest {
+            full: true,
+            ..CheckpointRequest::default()
+        };
+        report.problems.push(match self.checkpoint(full).await {
+            Ok(kept) => format!(
+                "all of it is kept as {} in {}: start the agents, then `vmm restore --name {}` with the same \
+                 --protect-to goes on from there",
+                kept.name,
+                self.config.store.display(),
+                self.config.name
+            ),
+            Err(error) => format!(
+                "it cannot be kept here either ({}): what the guest did since {} is lost",
+                chain(&error),
+                shipping
+                    .committed
+                    .as_ref()
+                    .map_or("its start".to_owned(), ToString::to_string)
+            ),
+        });
+    }
+
     /// Ends the VM: stops the guest, takes a last checkpoint of a protected one and gives the holders up to `drain`
     /// to get what they lack, and tells the registry that it is stopped.
     ///
     /// # Errors
     /// [`SessionError::Control`] when the VM is gone already.
-    pub async fn stop(&self, drain: Duration) -> Result<(), SessionError> {
+    pub async fn stop(&self, drain: Duration) -> Result<StopReport, SessionError> {
+        let mut report = StopReport::clean();
         let guard = self.guard.lock().await;
         self.checkpoints.every(None);
         let live = matches!(*self.vm.state().borrow(), RunState::Running | RunState::Paused);
@@ -562,23 +600,41 @@ impl Session {
                 Err(error) => Err(error.into()),
             };
             if let Err(error) = last {
-                tracing::warn!(error = %chain(&error), "the last checkpoint before the stop failed");
+                report.committed = false;
+                report.problems.push(format!(
+                    "the last checkpoint before the stop failed: {}",
+                    chain(&error)
+                ));
+            }
+        }
+        // While the guest is there still: what cannot be committed is kept here in full. (Nobody lets it run meanwhile:
+        // that waits for the guard.)
+        let shipper = self.checkpoints.ship(None);
+        if let Some(shipper) = shipper.as_ref().filter(|_| live) {
+            report.committed &= shipper.drain(drain).await;
+            report.add_lacking(&shipper.status());
+            if !report.committed {
+                self.keep_here(&shipper.status(), &mut report).await;
             }
         }
         self.checkpoints.end().await;
         let stopped = self.vm.stop().await;
-        if let Some(shipper) = self.checkpoints.ship(None) {
-            if live && !shipper.drain(drain).await {
-                tracing::warn!(vm = %self.config.name, ?drain, "stopped before the holders had the last checkpoint");
-            }
+        if let Some(shipper) = shipper {
             shipper.stop().await;
         }
         if let Some(guard) = guard.as_ref()
             && let Err(error) = guard.ownership.announce(self.generation, VmState::Stopped).await
         {
-            tracing::warn!(error = %chain(&error), "the registry was not told that the VM is stopped");
+            report.problems.push(format!(
+                "the registry was not told that it is stopped: {}",
+                chain(&error)
+            ));
         }
-        Ok(stopped?)
+        for problem in &report.problems {
+            tracing::warn!(vm = %self.config.name, problem, "at the stop");
+        }
+        stopped?;
+        Ok(report)
     }
 }
 
@@ -608,11 +664,9 @@ fn open_store(config: &SessionConfig, memory_bytes: u64) -> Result<Arc<FsStore>,
         Some(_) => (Durability::Spool, Some(3 * memory_bytes + SPOOL_BYTES)),
         None => (Durability::Durable, None),
     };
-    Ok(FsStore::open(
-        &config.store,
-        config.store_budget.or(usual),
-        durability,
-    )?)
+    let store = FsStore::open(&config.store, config.store_budget.or(usual), durability)?;
+    sole::check_own(config, &store)?;
+    Ok(store)
 }
 
 /// Who this process is for the cluster, and under which generation.
@@ -635,6 +689,8 @@ async fn own(
         Some(generation) => ownership.confirm(generation).await?,
         None => ownership.claim(floor, implied.as_ref()).await?,
     };
+    // A restore from this store has to ask the registry from now on.
+    store.promise(&config.name, generation)?;
     Ok((Some(ownership), generation))
 }
 
@@ -642,7 +698,8 @@ fn load_plan(config: &SessionConfig, from: &RestoreFrom) -> Result<LoadPlan, Ses
     match from {
         RestoreFrom::Files(paths) => Ok(LoadPlan::from_files(paths)?),
         RestoreFrom::Store { dir, segment, .. } => {
-            let store = FsStore::open_read_only(dir).map_err(|error| match error {
+            let vm = segment.as_ref().map_or(&config.name, |name| &name.vm);
+            let store = FsStore::open_chain(dir, vm, segment.as_ref()).map_err(|error| match error {
                 // A folder without a store has no chain either; said in the terms of what was asked for.
                 StoreError::NoStore { .. } => SessionError::NothingToRestore {
                     dir: dir.clone(),

@@ -166,6 +166,12 @@ struct ServeArgs {
     /// Take this name over from a node that is gone for good.
     #[arg(long)]
     replace: bool,
+    /// Folder of the control sockets of the VMs it takes over, for `vmm ps --run-dir DIR` [default: DATA/run].
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// How long a VM that is taken over may take to run before it is ended, like 2min [default: by its size].
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    restore_timeout: Option<Duration>,
     /// A label of this node that placement chooses by, like zone=a. May be given more than once.
     #[arg(long, value_name = "KEY=VALUE", value_parser = label)]
     label: Vec<(String, String)>,
@@ -365,6 +371,8 @@ async fn serve(args: ServeArgs, identity: &IdentityArgs) -> Result<(), CliError>
         budget: args.budget.map(|b| b.as_u64()),
         vmm: args.vmm,
         replace: args.replace,
+        run_dir: args.run_dir,
+        restore_timeout: args.restore_timeout,
         housekeeping: Housekeeping {
             keep: args.keep,
             max_links: args.max_links,

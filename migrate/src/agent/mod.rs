@@ -86,6 +86,10 @@ pub struct AgentConfig {
     pub vmm: Option<PathBuf>,
     /// Take the name over from a node that is gone for good.
     pub replace: bool,
+    /// Where the VMs it starts have their control sockets; `run` in the data directory when absent.
+    pub run_dir: Option<PathBuf>,
+    /// How long a VM that is taken over may take to run; by the length of its chain when absent.
+    pub restore_timeout: Option<Duration>,
     /// What it keeps, and how it looks after that.
     pub housekeeping: Housekeeping,
     /// What placement chooses by.
@@ -171,6 +175,8 @@ struct Inner {
     registry: Registry,
     registry_addr: RegistryAddr,
     vmm: Option<PathBuf>,
+    run_dir: PathBuf,
+    restore_timeout: Option<Duration>,
     sessions: Sessions,
     owners: owners::Owners,
     promotes: promote::UnderWay,
@@ -210,6 +216,8 @@ impl Agent {
             budget,
             vmm,
             replace,
+            run_dir,
+            restore_timeout,
             housekeeping,
             labels,
             etcd: access,
@@ -274,6 +282,8 @@ impl Agent {
             address,
             identity,
             roles,
+            run_dir: run_dir.unwrap_or_else(|| data.join("run")),
+            restore_timeout,
             data,
             store,
             registry: backend.clone(),

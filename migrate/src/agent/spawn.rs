@@ -19,8 +19,12 @@ use crate::failover::Running;
 use crate::registry::{RegistryAddr, VmRecord};
 use crate::wire::SegmentBrief;
 
-/// How long a guest may take to run.
+/// How long any guest may take to run.
 const READY_DEADLINE: Duration = Duration::from_secs(120);
+/// How much of a chain is read in a second at least: a longer one is given more time.
+const READ_BYTES_A_SECOND: u64 = 32 << 20;
+/// How long a process may take to be gone once it was killed.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
 /// The longest line it may say that it is ready with.
 const MAX_READY_BYTES: u64 = 64 << 10;
 /// How much of its log is shown when it failed.
@@ -70,7 +74,7 @@ pub fn find_vmm(named: Option<&Path>) -> Result<PathBuf, String> {
 pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief) -> Result<Running, String> {
     let vmm = find_vmm(inner.vmm.as_deref())?;
     let vm = record.vm.as_str();
-    let run_dir = inner.data.join("run");
+    let run_dir = inner.run_dir.clone();
     let log_path = inner.data.join("vmm").join(format!("{vm}.log"));
     let console = inner.data.join("vmm").join(format!("{vm}.console"));
     let spools = inner.data.join("spool").join(vm);
@@ -127,7 +131,16 @@ pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief
         .spawn()
         .map_err(|e| format!("start {}: {e}", vmm.display()))?;
 
-    let ready = tokio::time::timeout(READY_DEADLINE, ready(&mut child)).await;
+    let pid = child
+        .id()
+        .map_or_else(|| "gone".to_owned(), |pid| pid.to_string());
+    let bytes: u64 = inner
+        .store
+        .chain(&tip.name)
+        .map_or(0, |links| links.iter().map(|link| link.bytes).sum());
+    let by_size = READY_DEADLINE + Duration::from_secs(bytes / READ_BYTES_A_SECOND);
+    let deadline = inner.restore_timeout.unwrap_or(by_size);
+    let ready = tokio::time::timeout(deadline, ready(&mut child)).await;
     let why = match ready {
         Ok(Ok(Ready::Running { pid, socket })) => {
             // Reaped when it ends, whenever that is.
@@ -142,13 +155,27 @@ pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief
         }
         Ok(Ok(Ready::Failed { error })) => error,
         Ok(Err(why)) => why,
-        Err(_) => format!("it did not run within {} s", READY_DEADLINE.as_secs()),
+        Err(_) => format!(
+            "`vmm restore` (process {pid}) did not run the guest within {} and was ended; `standby serve \
+             --restore-timeout` gives it longer",
+            humantime::format_duration(deadline)
+        ),
     };
     // It must not run when someone else is about to: ended and seen to end before this is told.
-    if let Err(error) = child.kill().await {
-        tracing::error!(vm, %error, "a restore that failed cannot be ended");
+    let ended = match tokio::time::timeout(KILL_DEADLINE, child.kill()).await {
+        Ok(Ok(())) => String::new(),
+        Ok(Err(error)) => {
+            format!(". Process {pid} CANNOT BE ENDED ({error}): see that it is gone before promoting again")
+        }
+        Err(_) => format!(
+            ". Process {pid} was killed and is NOT GONE after {} s: see that it is before promoting again",
+            KILL_DEADLINE.as_secs()
+        ),
+    };
+    if !ended.is_empty() {
+        tracing::error!(vm, pid, "a restore that failed cannot be ended");
     }
-    Err(format!("{why}{}", tail(&log_path, from)))
+    Err(format!("{why}{}{ended}", tail(&log_path, from)))
 }
 
 /// The line it says when it is ready.

@@ -40,6 +40,8 @@ use ledger::{Committed, Ledger};
 
 /// How long an owner's lease lasts after each renewal, unless it says otherwise.
 pub const LEASE_TTL: Duration = Duration::from_secs(6);
+/// How often the end of a drain is looked for when nothing tells.
+const DRAIN_TURN: Duration = Duration::from_millis(50);
 /// How long the end waits for the registry.
 const LAST_REGISTER: Duration = Duration::from_secs(1);
 
@@ -430,27 +432,31 @@ impl Shipper {
         }
     }
 
-    /// Waits until the newest checkpoint of the spool is committed, at most for `deadline`; returns whether it is.
+    /// Waits until the newest checkpoint of the spool is committed and every holder that is reached has it, at most for
+    /// `deadline`; returns whether it is committed.
     pub async fn drain(&self, deadline: Duration) -> bool {
         let mut changes = self.shared.changes.subscribe();
-        let committed = async {
+        let everywhere = async {
             loop {
-                let newest = self
-                    .shared
-                    .spool
-                    .store()
-                    .entries(&self.shared.vm)
-                    .pop()
-                    .map(|e| e.name);
-                if newest.is_none() || newest <= self.shared.ledger().committed().cloned() {
+                let status = self.status();
+                let waited_for = |h: &&HolderStatus| match h.state {
+                    HolderState::Connecting | HolderState::Synchronising | HolderState::UpToDate => true,
+                    HolderState::Unreachable { .. }
+                    | HolderState::Refused { .. }
+                    | HolderState::Fenced { .. } => false,
+                };
+                let mut holders = status.holders.iter().filter(waited_for);
+                if status.newest <= status.committed && holders.all(|h| h.acked >= status.newest) {
                     return;
                 }
-                if changes.changed().await.is_err() {
-                    std::future::pending::<()>().await;
-                }
+                // A holder that goes away is no change of the ledger.
+                let _ = tokio::time::timeout(DRAIN_TURN, changes.changed()).await;
             }
         };
-        tokio::time::timeout(deadline, committed).await.is_ok()
+        // Either way it is looked at what there is now.
+        let _ = tokio::time::timeout(deadline, everywhere).await;
+        let status = self.status();
+        status.newest <= status.committed
     }
 
     /// Ends the tasks; what was committed is registered if the registry is there.

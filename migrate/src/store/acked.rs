@@ -241,7 +241,7 @@ impl FsStore {
                 continue;
             };
             let mut bytes = Vec::new();
-            let file = File::open(&path).map_err(failed("open", path.clone()))?;
+            let file = crate::regular::open(&path).map_err(failed("open", path.clone()))?;
             file.take(RECORD_BYTES as u64 + 1)
                 .read_to_end(&mut bytes)
                 .map_err(failed("read", path.clone()))?;

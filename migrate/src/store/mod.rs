@@ -42,6 +42,7 @@ mod keep;
 mod lease;
 mod lineage;
 mod merge;
+mod one_chain;
 mod open;
 mod pace;
 mod policies;
@@ -77,6 +78,7 @@ pub use incoming::Incoming;
 pub use keep::{KeepPolicy, Point, PolicyError};
 pub use lease::{Lease, Reading};
 pub use lineage::Lineage;
+pub use open::{StoreLock, promised_in};
 pub use pace::{Hurry, Pace, Paced};
 
 use crate::crashsafe::{Disk, DiskError};
@@ -346,7 +348,7 @@ impl FsStore {
         };
         let entry = index.get(name).ok_or_else(not_held)?;
         let path = self.segment_path(name);
-        match File::open(&path) {
+        match crate::regular::open(&path) {
             Ok(file) => Ok((file, entry.clone())),
             // Removed in this moment, or by another process when this one only reads.
             Err(e) if e.kind() == io::ErrorKind::NotFound => Err(not_held()),

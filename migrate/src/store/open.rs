@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use rustix::fs::{FlockOperation, flock};
-use segment::{SegmentName, VmId};
+use segment::{Generation, SegmentName, VmId};
 
 use super::index::Index;
 use super::scan::{self, Content};
@@ -159,16 +159,8 @@ impl FsStore {
                 tracing::warn!(path = %path.display(), "not a VM's promise: left alone");
                 continue;
             };
-            // One byte more than a record is enough to see that it is not one.
-            let mut bytes = Vec::new();
-            let file = File::open(&path).map_err(failed(&path))?;
-            file.take(promise::RECORD_BYTES as u64 + 1)
-                .read_to_end(&mut bytes)
-                .map_err(failed(&path))?;
-            let generation = promise::decode(&vm, &bytes).map_err(|why| StoreError::DamagedPromise {
-                path: path.clone(),
-                why,
-            })?;
+            let file = crate::regular::open(&path).map_err(failed(&path))?;
+            let generation = read_promise(&vm, &path, file)?;
             self.index().set_promise(vm, generation);
         }
         Ok(())
@@ -192,6 +184,65 @@ impl FsStore {
             path: path.to_owned(),
             source,
         })
+    }
+}
+
+fn read_promise(vm: &VmId, path: &Path, file: File) -> Result<Generation, StoreError> {
+    let mut bytes = Vec::new();
+    // One byte more than a record is enough to see that it is not one.
+    file.take(promise::RECORD_BYTES as u64 + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|source| StoreError::Io {
+            what: "read the promise",
+            path: path.to_owned(),
+            source,
+        })?;
+    promise::decode(vm, &bytes).map_err(|why| StoreError::DamagedPromise {
+        path: path.to_owned(),
+        why,
+    })
+}
+
+/// The generation of `vm` that the store in `dir` has promised: of a VM in the care of a cluster it is not 0. No other
+/// file is looked at.
+///
+/// # Errors
+/// [`StoreError::DamagedPromise`], and what the disk says.
+pub fn promised_in(dir: &Path, vm: &VmId) -> Result<Generation, StoreError> {
+    let path = dir.join("promises").join(vm.as_str());
+    match crate::regular::open(&path) {
+        Ok(file) => read_promise(vm, &path, file),
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Ok(Generation(0))
+        }
+        Err(source) => Err(StoreError::Io {
+            what: "read the promise",
+            path,
+            source,
+        }),
+    }
+}
+
+/// A store kept from all other processes that would write it, until this is dropped; nothing of it is read.
+#[derive(Debug)]
+pub struct StoreLock(#[expect(dead_code, reason = "held, not used")] File);
+
+impl StoreLock {
+    /// Locks the store in `dir`; nothing when this process may not write there.
+    ///
+    /// # Errors
+    /// [`StoreError::Locked`] when another process has it, and what the disk says.
+    pub fn take(dir: &Path) -> Result<Option<Self>, StoreError> {
+        use io::ErrorKind::{NotFound, PermissionDenied, ReadOnlyFilesystem};
+        match take_lock(dir) {
+            Ok(file) => Ok(Some(Self(file))),
+            Err(StoreError::Io { source, .. })
+                if matches!(source.kind(), NotFound | PermissionDenied | ReadOnlyFilesystem) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 }
 

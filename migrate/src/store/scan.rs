@@ -4,11 +4,11 @@
 //! (they are when they are used, and by `verify`). So opening reads kilobytes a segment, and says nothing about
 //! frames that rotted since.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use segment::{FormatError, SegmentName, SegmentReader};
+use segment::{FormatError, SegmentName, SegmentReader, VmId};
 
 use super::{Entry, StoreError};
 
@@ -61,6 +61,20 @@ pub(super) fn scan(segments: &Path) -> Result<(Vec<Found>, Vec<PathBuf>), StoreE
         }
     }
     Ok((read_all(files)?, folders))
+}
+
+/// The names of a VM's files. Nothing is opened.
+pub(super) fn names_of(segments: &Path, vm: &VmId) -> Result<Vec<SegmentName>, StoreError> {
+    let mut names = Vec::new();
+    for (generation, path) in children(&segments.join(vm.as_str()))? {
+        for (file, _) in children(&path)? {
+            let name = file
+                .strip_suffix(ENDING)
+                .and_then(|epoch| format!("{vm}/{generation}/{epoch}").parse().ok());
+            names.extend(name);
+        }
+    }
+    Ok(names)
 }
 
 /// Names and paths of what is in a folder; nothing when it is not one.
@@ -116,7 +130,7 @@ fn read_all(files: Vec<(SegmentName, PathBuf)>) -> Result<Vec<Found>, StoreError
 }
 
 /// Reads one file; none when it has gone in the meantime (another process may be at work when this one only reads).
-fn read_one(name: &SegmentName, path: &Path) -> Result<Option<Found>, StoreError> {
+pub(super) fn read_one(name: &SegmentName, path: &Path) -> Result<Option<Found>, StoreError> {
     let found = |content| {
         Some(Found {
             path: path.to_owned(),
@@ -129,8 +143,11 @@ fn read_one(name: &SegmentName, path: &Path) -> Result<Option<Found>, StoreError
         path: path.to_owned(),
         source,
     };
-    let file = match File::open(path) {
+    let file = match crate::regular::open(path) {
         Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
+            return Ok(found(Content::Damaged(e.to_string())));
+        }
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(failed(e)),
     };

@@ -139,6 +139,8 @@ pub fn config(dir: &Path, node: &str, registry: RegistryAddr) -> AgentConfig {
         budget: None,
         vmm: None,
         replace: false,
+        run_dir: None,
+        restore_timeout: None,
         housekeeping: Default::default(),
         labels: Default::default(),
         etcd: Default::default(),

@@ -118,6 +118,7 @@ async fn start(
             tls: Some(lab.certificate("owner", &[CertRole::Owner])?),
             insecure_plaintext: false,
         },
+        second_copy: false,
     };
     let source = boot_source(lab, "churn", command_line);
     let session = Session::boot(config, machine(memory_mib), &source)

@@ -38,11 +38,13 @@ pub(crate) async fn agent(lab: &Lab, data: &Path) -> Result<Agent> {
         budget: None,
         vmm: None,
         replace: false,
+        run_dir: None,
+        restore_timeout: None,
+        housekeeping: Default::default(),
         labels: Default::default(),
         etcd: Default::default(),
         lease_ttl: migrate::agent::LEASE_TTL,
         replace_after: migrate::agent::REPLACE_AFTER,
-        housekeeping: Default::default(),
     };
     Agent::start(config).await.context("start an agent")
 }

@@ -150,6 +150,18 @@ impl Client {
             .map(drop)
     }
 
+    /// Sends JSON, and reads what came of it as JSON.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn put_for<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        self.parsed(Method::PUT, path, self.json(path, body)?).await
+    }
+
     /// Sends a change as JSON.
     ///
     /// # Errors

@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use super::fault::Fault;
 use crate::clock::ClockPolicy;
 use crate::config::{LoggerConfig, VmConfig};
-use crate::session::{RestoreFrom, Session, SessionConfig};
+use crate::session::{RestoreFrom, Session, SessionConfig, StopReport};
 
 /// What is done with a `PUT /logger`.
 pub type LogControl = Box<dyn Fn(&LoggerConfig) -> Result<(), String> + Send + Sync>;
@@ -38,6 +38,8 @@ pub struct Identity {
     pub generation: Option<Generation>,
     /// Who this process is to the holders and the registry.
     pub trust: IdentityArgs,
+    /// See [`SessionConfig::second_copy`].
+    pub second_copy: bool,
 }
 
 enum Phase {
@@ -53,7 +55,7 @@ pub struct Instance {
     inner: Mutex<Inner>,
     session: watch::Sender<Option<Arc<Session>>>,
     /// The stop that is under way or done; the lock makes a second asker wait for the first.
-    stopped: tokio::sync::Mutex<bool>,
+    stopped: tokio::sync::Mutex<Option<Option<StopReport>>>,
     quit: watch::Sender<bool>,
     log: Option<LogControl>,
 }
@@ -91,7 +93,7 @@ impl Instance {
                 config,
             }),
             session: watch::Sender::new(None),
-            stopped: tokio::sync::Mutex::new(false),
+            stopped: tokio::sync::Mutex::new(None),
             quit: watch::Sender::new(false),
             log,
         })
@@ -223,6 +225,7 @@ impl Instance {
             protection: config.protection.clone(),
             generation: self.identity.generation,
             trust: self.identity.trust.clone(),
+            second_copy: self.identity.second_copy,
         };
         let session = match origin {
             Origin::Boot => {
@@ -249,22 +252,24 @@ impl Instance {
         Ok(Arc::new(session))
     }
 
-    /// Ends the VM, if there is one, and then this process. A second call waits for the first.
+    /// Ends the VM, if there is one, and then this process; how it went. A second call waits for the first.
     ///
     /// # Errors
     /// Why the VM could not be ended.
-    pub async fn stop(self: &Arc<Self>, drain: Duration) -> Result<(), Fault> {
+    pub async fn stop(self: &Arc<Self>, drain: Duration) -> Result<Option<StopReport>, Fault> {
         let this = Arc::clone(self);
         unhurried(async move {
             let mut stopped = this.stopped.lock().await;
-            if !*stopped {
-                if let Some(session) = this.session() {
-                    session.stop(drain).await?;
-                }
-                *stopped = true;
-            }
+            let report = match stopped.clone() {
+                Some(report) => report,
+                None => match this.session() {
+                    Some(session) => Some(session.stop(drain).await?),
+                    None => None,
+                },
+            };
+            *stopped = Some(report.clone());
             this.quit.send_replace(true);
-            Ok(())
+            Ok(report)
         })
         .await
     }

@@ -12,7 +12,7 @@ use crate::api::Client;
 use crate::api::client::{ClientError, DEFAULT_DEADLINE};
 use crate::api::resources::machine::{Action, ActionType, InstanceInfo, VmState, VmStateChange};
 use crate::api::resources::replication::{DEFAULT_DRAIN_MS, Stop as StopRequest, TakeCheckpoint};
-use crate::session::CheckpointReport;
+use crate::session::{CheckpointReport, StopReport};
 
 /// How long a checkpoint of a large guest may take.
 const CHECKPOINT_DEADLINE: Duration = Duration::from_secs(3600);
@@ -156,14 +156,30 @@ impl Stop {
         let drain_ms = self.drain.unwrap_or(DEFAULT_DRAIN_MS);
         let deadline = DEFAULT_DEADLINE + Duration::from_millis(drain_ms);
         let client = self.target.client()?.with_deadline(deadline);
-        match client.put("/stop", &StopRequest { drain_ms }).await {
-            Ok(()) => {}
+        let report = match client.put_for("/stop", &StopRequest { drain_ms }).await {
+            Ok(report) => Some(report),
             // It ended while it was asked to.
-            Err(ClientError::Http { .. }) => {}
+            Err(ClientError::Http { .. }) => None,
             Err(error) => return Err(error.into()),
-        }
-        wait_for_the_end(&base, name).await
+        };
+        let ended = wait_for_the_end(&base, name).await?;
+        report.map_or(Ok(()), |report| tell_stop(name, &report))?;
+        Ok(ended)
     }
+}
+
+/// Says what went wrong at a stop: a failure when the last state is not committed.
+pub(super) fn tell_stop(name: &str, report: &StopReport) -> Result<(), CliError> {
+    if report.committed {
+        for problem in &report.problems {
+            eprintln!("warning: VM {name} is stopped and committed, but {problem}");
+        }
+        return Ok(());
+    }
+    Err(CliError::Said(format!(
+        "VM {name} is stopped, and its last state is not committed: {}",
+        report.problems.join("; ")
+    )))
 }
 
 /// Returns when the name is free again: whoever starts the VM anew at once must not find it taken.

@@ -280,7 +280,7 @@ impl Host {
         let stopped = match outcome {
             Outcome::Fenced(_) => {
                 session.vm().outbox().close();
-                Ok(())
+                Ok(None)
             }
             Outcome::Done | Outcome::Ended | Outcome::GuestFailed(_) | Outcome::Failed => tokio::select! {
                 stopped = instance.stop(DRAIN) => stopped.map_err(CliError::from),
@@ -293,7 +293,10 @@ impl Host {
             tracing::warn!("the last of the console was not written: its reader is too slow");
         }
         drop(raw);
-        stopped.map(|()| outcome)
+        if let Some(report) = stopped? {
+            super::control::tell_stop(self.identity.name.as_str(), &report)?;
+        }
+        Ok(outcome)
     }
 
     /// What is left behind for `vmm ps`: nothing of a VM that was stopped, or that someone watched to a good end.
@@ -461,6 +464,7 @@ mod tests {
                 store_budget: None,
                 generation: None,
                 trust: Default::default(),
+                second_copy: false,
             },
             config,
             start: None,

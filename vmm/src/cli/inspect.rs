@@ -58,7 +58,7 @@ impl Inspect {
                 .store
                 .clone()
                 .unwrap_or_else(|| rundir::default_store(&name.vm));
-            let store = FsStore::open_read_only(&dir).map_err(SessionError::Store)?;
+            let store = FsStore::open_chain(&dir, &name.vm, Some(&name)).map_err(SessionError::Store)?;
             let open = |name: &SegmentName| store.open_segment(name).map_err(SessionError::Store);
             if self.picture.is_some() {
                 let chain = store.chain(&name).map_err(|source| SessionError::Chain {
@@ -141,7 +141,7 @@ impl Inspect {
 }
 
 fn open_file(path: &Path) -> Result<SegmentReader<File>, CliError> {
-    let file = File::open(path).map_err(CliError::io(format!("open the segment {path:?}")))?;
+    let file = migrate::regular::open(path).map_err(CliError::io(format!("open the segment {path:?}")))?;
     SegmentReader::open(file).map_err(|source| CliError::Segment {
         path: path.to_owned(),
         source,

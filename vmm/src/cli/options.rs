@@ -92,8 +92,14 @@ impl Keeping {
             .protect_to
             .iter()
             .map(|holder| holder.trim().to_owned())
-            .filter(|holder| !holder.is_empty())
             .collect();
+        if holders.iter().any(String::is_empty) {
+            return Err(CliError::Said(format!(
+                "--protect-to {:?} names an empty holder: give HOST:PORT of each standby agent, with commas between, or \
+                 leave the option out for a VM that is not protected",
+                self.protect_to.join(",")
+            )));
+        }
         if !holders.is_empty() {
             let before = config.protection.take();
             config.protection = Some(Protection {
@@ -128,10 +134,7 @@ impl Keeping {
                 protection.ack_quorum = self.ack_quorum.or(protection.ack_quorum);
                 protection.registry = self.registry.clone().or_else(|| protection.registry.take());
             }
-            // An empty list (`--protect-to ""`) is an answer too.
-            None if self.protect_to.is_empty()
-                && (self.every.is_some() || self.ack_quorum.is_some() || self.registry.is_some()) =>
-            {
+            None if self.every.is_some() || self.ack_quorum.is_some() || self.registry.is_some() => {
                 return Err(CliError::Said(
                     "--every, --ack-quorum and --registry say how a VM is protected: say to where with --protect-to \
                      HOST:PORT, or have holders chosen with --protect"

@@ -40,6 +40,9 @@ pub(super) struct Restore {
     /// The VM's id here [default: as in the checkpoint]
     #[arg(long)]
     name: Option<String>,
+    /// Run it under its own name though another may run under that name: only when you are certain that none does
+    #[arg(long)]
+    allow_second_copy: bool,
     /// The generation that the registry has given this process
     #[arg(long, value_name = "G")]
     generation: Option<u64>,
@@ -109,6 +112,7 @@ impl Restore {
             generation: None,
             trust: self.keeping.trust.clone(),
             checkpoints: CheckpointConfig::default(),
+            second_copy: self.allow_second_copy,
         };
         let (checkpoint, lacks) = Session::preflight(&session, &from)?;
         for lack in &lacks {
@@ -153,6 +157,7 @@ impl Restore {
                 store_budget: self.keeping.budget(),
                 generation: self.generation.map(Generation),
                 trust: self.keeping.trust.clone(),
+                second_copy: self.allow_second_copy,
                 name,
             },
             config,
@@ -260,7 +265,7 @@ impl Restore {
     /// The newest whole checkpoint of `vm`, found here: under another name the session would look for that one's.
     fn newest(&self, given: Option<VmId>, vm: VmId, config: &VmConfig) -> Result<Wanted, CliError> {
         let dir = self.source(&vm, config);
-        let newest = match FsStore::open_read_only(&dir) {
+        let newest = match FsStore::open_chain(&dir, &vm, None) {
             Ok(store) => store.newest_complete(&vm),
             Err(StoreError::NoStore { .. }) => None,
             Err(error) => return Err(SessionError::Store(error).into()),
@@ -285,7 +290,7 @@ impl Restore {
                 let Some(first) = self.what.first() else {
                     return Err(CliError::Said("no file is named".into()));
                 };
-                let file = std::fs::File::open(first)
+                let file = migrate::regular::open(first)
                     .map_err(CliError::io(format!("open the segment {first:?}")))?;
                 let reader = SegmentReader::open(file).map_err(|source| CliError::Segment {
                     path: first.clone(),

@@ -130,6 +130,7 @@ impl Run {
                 store_budget: self.keeping.budget(),
                 generation: None,
                 trust: self.keeping.trust.clone(),
+                second_copy: false,
                 name,
             },
             start: (!waits).then_some((Origin::Boot, true)),

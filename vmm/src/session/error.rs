@@ -7,7 +7,7 @@ use migrate::protect::ProtectError;
 use migrate::registry::RegistryError;
 use migrate::store::{ChainError, StoreError};
 use migrate::transport::TransportError;
-use segment::{SegmentName, VmId};
+use segment::{Generation, SegmentName, VmId};
 
 use super::BindError;
 use crate::control::ControlError;
@@ -65,6 +65,43 @@ pub enum SessionError {
         /// Which link.
         #[source]
         source: Box<ChainError>,
+    },
+    /// Without the registry nobody knows whether it runs elsewhere.
+    #[error(
+        "VM {vm} is in the care of a cluster ({dir:?} has promised its generation {generation}), and without asking it \
+         a second copy could run under the same name. To take it over: `standby promote {vm}`. To go on with a VM that \
+         was stopped: restore it with --protect-to and its holders. For a copy beside it: --name OTHER. If you are \
+         certain that it runs nowhere else: --allow-second-copy"
+    )]
+    InCare {
+        /// The VM.
+        vm: VmId,
+        /// What is promised.
+        generation: Generation,
+        /// Where.
+        dir: PathBuf,
+    },
+    /// Another process has the store that it comes from.
+    #[error(
+        "VM {vm} seems to run already, and a second copy would act under the same name. Stop it first (`vmm stop {vm}`), \
+         or restore a copy beside it with --name OTHER. If you are certain that it does not run: --allow-second-copy"
+    )]
+    RunsAlready {
+        /// The VM.
+        vm: VmId,
+        /// Who has it.
+        #[source]
+        source: Box<StoreError>,
+    },
+    /// The store named for it is not its own.
+    #[error("the store {dir:?} is that of VM {other}: give VM {vm} a folder of its own with --store")]
+    StoreOfAnother {
+        /// The VM.
+        vm: VmId,
+        /// Whose store it is.
+        other: VmId,
+        /// The folder.
+        dir: PathBuf,
     },
     /// The registry refused, or is away.
     #[error("agree with the registry on who owns VM {vm}")]

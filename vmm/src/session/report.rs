@@ -107,6 +107,48 @@ pub struct SessionStatus {
     pub protection: Option<ProtectionStatus>,
 }
 
+/// How a VM was stopped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct StopReport {
+    /// Nothing of it is lost with this host: its last state is committed, or it was not protected.
+    pub committed: bool,
+    /// What did not go as it should, in words: which holder lacks what, for a start.
+    pub problems: Vec<String>,
+}
+
+impl StopReport {
+    /// Nothing went wrong.
+    pub(super) fn clean() -> Self {
+        Self {
+            committed: true,
+            problems: Vec::new(),
+        }
+    }
+
+    /// Which holder lacks what.
+    pub(super) fn add_lacking(&mut self, shipping: &migrate::shipper::ShipStatus) {
+        let Some(newest) = &shipping.newest else {
+            return;
+        };
+        for holder in shipping
+            .holders
+            .iter()
+            .filter(|h| h.acked.as_ref() < Some(newest))
+        {
+            let report = HolderReport::from(holder);
+            let node = report.node.map(|node| format!(" ({node})")).unwrap_or_default();
+            let has = report
+                .acked
+                .map_or("has nothing".to_owned(), |acked| format!("has {acked}"));
+            let why = report.why.map(|why| format!(": {why}")).unwrap_or_default();
+            self.problems.push(format!(
+                "holder {}{node} lacks the last checkpoint, {newest}: it {has}, and is {}{why}",
+                report.address, report.state
+            ));
+        }
+    }
+}
+
 /// How protection stands.
 #[derive(Debug, Clone, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct ProtectionStatus {

@@ -50,6 +50,7 @@ impl World {
                 insecure_plaintext: true,
                 ..Default::default()
             },
+            second_copy: false,
         };
         let socket = Socket::bind(&self.path(&format!("{name}.sock"))).unwrap();
         let instance = Instance::new(identity, VmConfig::default(), None);

@@ -59,6 +59,18 @@ fn each_mistake_has_its_message() {
             vec!["vcpu_count", "1 to 32"],
         ),
         (vec!["--kernel", &ticker, "--every", "5ms"], vec!["--protect-to"]),
+        (
+            vec!["--kernel", &ticker, "--protect-to", ""],
+            vec!["--protect-to", "empty holder", "HOST:PORT"],
+        ),
+        (
+            vec!["--kernel", &ticker, "--protect-to", ","],
+            vec!["--protect-to", "empty holder"],
+        ),
+        (
+            vec!["--kernel", &ticker, "--protect-to", "127.0.0.1:1, "],
+            vec!["--protect-to", "empty holder"],
+        ),
         (vec!["--initrd", &big], vec!["--kernel"]),
         (vec!["--config", &config], vec!["drives", "path_on_host"]),
         (vec!["--config", &typo], vec!["typo.json", "mem_size_mb"]),

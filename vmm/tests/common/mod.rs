@@ -73,6 +73,7 @@ pub(crate) fn config(name: &str, store: &Path) -> SessionConfig {
         protection: None,
         generation: None,
         trust: Default::default(),
+        second_copy: false,
     }
 }
 

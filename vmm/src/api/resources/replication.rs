@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 
 use crate::api::fault::{Body, Fault, FaultMessage};
 use crate::api::instance::{Instance, unhurried};
-use crate::session::{CheckpointReport, Protection, SessionStatus};
+use crate::session::{CheckpointReport, Protection, SessionStatus, StopReport};
 
 type App = State<Arc<Instance>>;
 
@@ -148,16 +148,20 @@ async fn protect(app: Arc<Instance>, protection: Option<Protection>) -> Result<S
 }
 
 #[utoipa::path(put, path = "/stop", tag = "understudy", request_body = Stop,
-    responses((status = 204), (status = 400, body = FaultMessage)))]
+    responses((status = 200, body = StopReport), (status = 400, body = FaultMessage)))]
 pub(in crate::api) async fn stop(
     State(app): App,
     Body(Stop { drain_ms }): Body<Stop>,
-) -> Result<StatusCode, Fault> {
+) -> Result<Json<StopReport>, Fault> {
     if drain_ms > MAX_DRAIN_MS {
         return Err(Fault::bad(format!(
             "drain_ms: {drain_ms} is more than {MAX_DRAIN_MS} (ten minutes)"
         )));
     }
-    app.stop(Duration::from_millis(drain_ms)).await?;
-    Ok(StatusCode::NO_CONTENT)
+    let report = app.stop(Duration::from_millis(drain_ms)).await?;
+    // One that was never started has lost nothing.
+    Ok(Json(report.unwrap_or(StopReport {
+        committed: true,
+        problems: Vec::new(),
+    })))
 }

@@ -255,7 +255,8 @@ fn check_load(request: &LoadSnapshot) -> Result<(), Fault> {
         (None, None) => None,
     };
     let path = &request.snapshot_path;
-    let file = File::open(path).map_err(|e| Fault::bad(format!("open the snapshot {path:?}: {e}")))?;
+    let file =
+        migrate::regular::open(path).map_err(|e| Fault::bad(format!("open the snapshot {path:?}: {e}")))?;
     let reader = SegmentReader::open(file).map_err(|e| {
         Fault::bad(format!(
             "{path:?} is not a segment this monitor can load: {}",
@@ -276,7 +277,7 @@ fn check_load(request: &LoadSnapshot) -> Result<(), Fault> {
 
 fn check_note(path: &Path, name: &SegmentName, digest: &str) -> Result<(), Fault> {
     let mut text = Vec::new();
-    File::open(path)
+    migrate::regular::open(path)
         .and_then(|file| file.take(MAX_NOTE_BYTES).read_to_end(&mut text))
         .map_err(|e| Fault::bad(format!("read the memory file {path:?}: {e}")))?;
     let text = String::from_utf8_lossy(&text);

@@ -1,0 +1,77 @@
+//! A VM runs once: a restore that no registry has agreed to must not become a second copy by accident.
+//!
+//! A copy under another name is another VM and always fine. Under the VM's own name, and without protection, nobody is
+//! asked who owns it; so it is refused where there is a sign that another may: the store is one of a VM in the care of
+//! a cluster (a generation is promised in it), or another process has it.
+
+use std::path::{Path, PathBuf};
+
+use migrate::store::{FsStore, StoreError, StoreLock, promised_in};
+use segment::{Generation, SegmentName};
+
+use super::{RestoreFrom, SessionConfig, SessionError};
+
+/// Refuses what could be a second copy; what is returned is kept for as long as the VM lives, so that the next one is
+/// refused too.
+pub(super) fn check(
+    config: &SessionConfig,
+    from: &RestoreFrom,
+    tip: &SegmentName,
+) -> Result<Option<StoreLock>, SessionError> {
+    let asked_for = config.protection.is_some() || config.generation.is_some() || config.second_copy;
+    if asked_for || tip.vm != config.name {
+        return Ok(None);
+    }
+    let sources = match from {
+        RestoreFrom::Store { dir, .. } => vec![dir.clone()],
+        RestoreFrom::Files(paths) => paths.iter().filter_map(|path| store_of(path)).collect(),
+    };
+    for dir in sources.iter().chain([&config.store]) {
+        let generation = promised_in(dir, &config.name)?;
+        if generation > Generation(0) {
+            return Err(SessionError::InCare {
+                vm: config.name.clone(),
+                generation,
+                dir: dir.clone(),
+            });
+        }
+    }
+    match from {
+        // Its own is locked when it is opened.
+        RestoreFrom::Store { dir, .. } if !same(dir, &config.store) => {
+            StoreLock::take(dir).map_err(|source| match source {
+                source @ StoreError::Locked { .. } => SessionError::RunsAlready {
+                    vm: config.name.clone(),
+                    source: Box::new(source),
+                },
+                other => other.into(),
+            })
+        }
+        RestoreFrom::Store { .. } | RestoreFrom::Files(_) => Ok(None),
+    }
+}
+
+/// A store keeps one VM; of another's folder the answer to "restore the newest" would be mixed up.
+pub(super) fn check_own(config: &SessionConfig, store: &FsStore) -> Result<(), SessionError> {
+    let vms = store.vms();
+    match vms.first() {
+        Some(other) if !vms.contains(&config.name) => Err(SessionError::StoreOfAnother {
+            vm: config.name.clone(),
+            other: other.clone(),
+            dir: config.store.clone(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// The store that a segment file lies in: DIR of DIR/segments/VM/GENERATION/EPOCH.seg.
+fn store_of(path: &Path) -> Option<PathBuf> {
+    let path = std::fs::canonicalize(path).ok()?;
+    let segments = path.ancestors().nth(3)?;
+    (segments.file_name()? == "segments").then(|| segments.parent().map(Path::to_owned))?
+}
+
+fn same(one: &Path, other: &Path) -> bool {
+    one == other
+        || matches!((std::fs::canonicalize(one), std::fs::canonicalize(other)), (Ok(a), Ok(b)) if a == b)
+}
