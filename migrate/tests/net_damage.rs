@@ -207,3 +207,44 @@ async fn a_restore_that_hangs_is_ended_and_named() {
     let stat = fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
     assert!(stat.is_err(), "it is still there: {stat:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn forgetting_much_tells_how_far_it_is_and_goes_on_without_its_caller() {
+    use migrate::transport::Client;
+    use migrate::wire::{Call, ForgetCall, Reply};
+
+    let pair = Pair::new(150, 1).await;
+    let ask = async || {
+        let call = ForgetCall {
+            vm: pair.tip.vm.clone(),
+            force: true,
+            only_here: false,
+            wait_ms: Some(0),
+        };
+        // A new connection each time: nothing hangs on the one it was begun with.
+        let mut client = Client::connect(&pair.a.address, &tester()).await.unwrap();
+        client.call(Call::Forget(call), PATIENCE).await
+    };
+    let Ok(Reply::Forgotten(first)) = ask().await else {
+        panic!("it was refused")
+    };
+    assert!(first.left > 0, "an answer at once cannot be the end: {first:?}");
+    for node in ["a", "b"] {
+        let dir = pair.dir.path().join(node).join("store");
+        eventually("all is removed", || {
+            FsStore::open_read_only(&dir).unwrap().all().is_empty()
+        })
+        .await;
+    }
+    let start = tokio::time::Instant::now();
+    loop {
+        match ask().await {
+            Ok(Reply::Forgotten(report)) if report.left == 0 => {
+                assert_eq!((report.segments, report.notes.len()), (150, 0), "{report:?}");
+                break;
+            }
+            Ok(_) => assert!(start.elapsed() < PATIENCE),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}

@@ -169,7 +169,7 @@ fn a_full_store_refuses_the_new_and_keeps_the_old() {
         "{status}"
     );
     let mut from = cluster.vmm("restore", &folder.path().join("copy"));
-    from.args(["--name", "full", "--paused", "--ready-stdout", "--from"])
+    from.args(["--name", "copy", "--paused", "--ready-stdout", "--from"])
         .arg(folder.path().join("vms/full"));
     from.arg("--store")
         .arg(folder.path().join("copy-store"))

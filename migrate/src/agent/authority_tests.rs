@@ -162,6 +162,7 @@ fn table() -> Vec<(Call, [Needs; 4], bool)> {
                 vm: vm(),
                 force: true,
                 only_here: true,
+                wait_ms: None,
             }),
             [Y, X, X, Y],
             true,

@@ -9,23 +9,20 @@ use std::time::Duration;
 use segment::{Generation, VmId};
 
 use super::authority::{Asked, Denied};
-use super::{Inner, blocking, copy, keep, promote, software};
+use super::{Inner, blocking, copy, forget, keep, promote, software};
 use crate::protocol::parent_of;
 use crate::registry::{Answered, RegistryAddr, RegistryError, RegistryRequest, Role};
 use crate::store::{Entry, FsStore, Lease, Lineage, StoreError};
-use crate::transport::{ByteStream, Client, FrameWriter, Link, PING_EVERY, Peer, TransportError, in_full};
+use crate::transport::{ByteStream, FrameWriter, Link, PING_EVERY, Peer, TransportError, in_full};
 use crate::wire::{
-    AgentStatus, Call, End, Failure, Fenced, ForgetCall, ForgetReport, HoldingCall, ListCall,
-    MAX_PAGE_SEGMENTS, Message, Ping, Reject, Reply, SealCall, SealReport, SegmentBrief, SegmentDetail,
-    SegmentPage, SpaceBrief, VmStatus,
+    AgentStatus, Call, End, Failure, Fenced, HoldingCall, ListCall, MAX_PAGE_SEGMENTS, Message, Ping, Reject,
+    Reply, SealCall, SealReport, SegmentBrief, SegmentDetail, SegmentPage, SpaceBrief, VmStatus,
 };
 
 /// How long a connection may be without a call.
 const IDLE: Duration = Duration::from_secs(600);
 /// How much of a segment is sent as one chunk.
 const CHUNK_BYTES: u64 = 512 << 10;
-/// How long another holder may take to forget.
-const FORGET_DEADLINE: Duration = Duration::from_secs(30);
 /// The longest chain that is looked through before a promote changes anything: some hundredths of a second. A longer
 /// one is looked through when its guest did not start.
 const VERIFY_BYTES: u64 = 64 << 20;
@@ -143,7 +140,7 @@ async fn answer(inner: Arc<Inner>, call: Call, leases: &mut Leases) -> Answer {
         }
         Call::Promote(call) => promote::promote(&inner, call).await.map(Reply::Promoted),
         Call::Copy(call) => copy::copy_vm(&inner, call).await.map(Reply::Copied),
-        Call::Forget(call) => forget(&inner, call).await.map(Reply::Forgotten),
+        Call::Forget(call) => forget::forget(&inner, call).await.map(Reply::Forgotten),
         Call::Seal(call) => seal(&inner, call).await,
         Call::Holding(call) => holding(&inner, call).await,
         Call::Keep(call) => keep::keep(&inner, call).await.map(Reply::Kept),
@@ -386,74 +383,6 @@ async fn holding(inner: &Arc<Inner>, call: HoldingCall) -> Result<Reply, Failure
         Ok(Reply::Sealed(held(&store, &vm, store.promised(&vm))))
     })
     .await
-}
-
-async fn forget(inner: &Arc<Inner>, call: ForgetCall) -> Result<ForgetReport, Failure> {
-    let ForgetCall { vm, force, only_here } = call;
-    let refuse = |why: String| Err(Failure { why });
-    if let Some(owner) = inner.sessions.owner(&vm)
-        && !force
-    {
-        return refuse(format!(
-            "VM {vm} is being shipped here by {owner}: stop it first by `vmm stop {vm}`"
-        ));
-    }
-    let mut notes = Vec::new();
-    if !only_here {
-        let holders = match inner.registry.get_vm(&vm).await {
-            Ok(record) => record.holders,
-            Err(RegistryError::NoSuchVm { .. }) if inner.store.entries(&vm).is_empty() => {
-                return refuse(format!("neither the registry nor this agent has a VM {vm}"));
-            }
-            Err(RegistryError::NoSuchVm { .. }) => Vec::new(),
-            Err(error) => return refuse(error.to_string()),
-        };
-        if let Err(error) = inner.registry.forget_vm(&vm, force).await {
-            return refuse(error.to_string());
-        }
-        for holder in holders.iter().filter(|h| **h != inner.address) {
-            if let Err(why) = forget_at(inner, holder, &vm).await {
-                notes.push(format!("{holder} keeps what it has of {vm}: {why}"));
-            }
-        }
-    }
-    let store = inner.store.clone();
-    let of = vm.clone();
-    let removed = blocking(move || {
-        let (mut segments, mut bytes) = (0, 0);
-        store.forget_acked(&of)?;
-        // The newest first: whatever instant this is cut at, what is left is whole chains.
-        for entry in store.entries(&of).iter().rev() {
-            store.remove(&entry.name)?;
-            segments += 1;
-            bytes += entry.bytes;
-        }
-        store.set_policy(&of, None)?;
-        Ok::<_, StoreError>((segments, bytes))
-    });
-    let (segments, bytes) = removed.await.map_err(|e| failure(&e))?;
-    tracing::info!(%vm, segments, bytes, "forgotten");
-    Ok(ForgetReport {
-        segments,
-        bytes,
-        notes,
-    })
-}
-
-async fn forget_at(inner: &Inner, holder: &str, vm: &VmId) -> Result<(), String> {
-    let mut client = Client::connect(holder, &inner.identity)
-        .await
-        .map_err(|e| e.in_full())?;
-    let call = ForgetCall {
-        vm: vm.clone(),
-        force: true,
-        only_here: true,
-    };
-    client
-        .call(Call::Forget(call), FORGET_DEADLINE)
-        .await
-        .map_err(|e| in_full(&e))?;
-    Ok(())
 }
 
 /// Sends a file as chunks and `End`.

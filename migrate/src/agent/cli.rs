@@ -3,7 +3,7 @@
 mod cluster;
 mod store;
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -514,12 +514,27 @@ async fn forget(agent: &Agency, vm: VmId, force: bool) -> Result<(), CliError> {
         vm: vm.clone(),
         force,
         only_here: false,
+        wait_ms: None,
     });
-    let Reply::Forgotten(report) = client.call(call, READ_DEADLINE).await? else {
-        return Err(CliError::Mismatch);
-    };
-    print(&view::forgotten(&vm, &report));
-    Ok(())
+    let terminal = std::io::stderr().is_terminal();
+    loop {
+        let Reply::Forgotten(report) = client.call(call.clone(), READ_DEADLINE).await? else {
+            return Err(CliError::Mismatch);
+        };
+        if report.left == 0 {
+            if terminal {
+                eprint!("\r\x1b[K");
+            }
+            print(&view::forgotten(&vm, &report));
+            return Ok(());
+        }
+        if terminal {
+            eprint!(
+                "\r\x1b[K{vm}: {} segments left (it goes on by itself)",
+                report.left
+            );
+        }
+    }
 }
 
 async fn status(agent: &Agency, json: bool) -> Result<(), CliError> {

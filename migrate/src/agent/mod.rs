@@ -18,6 +18,7 @@ mod calls;
 pub mod cli;
 mod copy;
 mod door;
+mod forget;
 mod gather;
 mod housekeep;
 mod keep;
@@ -179,6 +180,7 @@ struct Inner {
     restore_timeout: Option<Duration>,
     sessions: Sessions,
     owners: owners::Owners,
+    forgetting: forget::Forgetting,
     promotes: promote::UnderWay,
     /// Held while stored bytes are checked for another agent.
     verifying: tokio::sync::Mutex<()>,
@@ -291,6 +293,7 @@ impl Agent {
             vmm,
             owners,
             sessions: Sessions::default(),
+            forgetting: forget::Forgetting::default(),
             promotes: promote::UnderWay::default(),
             verifying: tokio::sync::Mutex::default(),
             housekeeper,

@@ -380,6 +380,32 @@ impl FsStore {
             .map_err(|e| self.disk_error(e))
     }
 
+    /// Removes several segments of one VM in the order given, and waits for the disk once a folder. What is not held
+    /// (any more) is passed over.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn remove_all(&self, names: &[SegmentName]) -> Result<(), StoreError> {
+        self.check_writable()?;
+        let mut folders: Vec<PathBuf> = Vec::new();
+        for name in names {
+            let gate = self.gate(&name.vm);
+            let _open = lock(&gate);
+            if self.index().get(name).is_none() {
+                continue;
+            }
+            self.unlink(name)?;
+            let path = self.segment_path(name);
+            if !folders.iter().any(|folder| path.parent() == folder.parent()) {
+                folders.push(path);
+            }
+        }
+        for file in folders {
+            self.disk.sync_parent(&file).map_err(|e| self.disk_error(e))?;
+        }
+        Ok(())
+    }
+
     /// Takes a segment out of the folder and the index. The gate is held.
     fn unlink(&self, name: &SegmentName) -> Result<(), StoreError> {
         self.disk

@@ -210,6 +210,9 @@ pub struct ForgetCall {
     /// Only what is stored here: the registry and the other holders are left to who asks.
     #[n(2)]
     pub only_here: bool,
+    /// How long the answer may wait for the end, in milliseconds; as long as the agent likes when absent.
+    #[n(3)]
+    pub wait_ms: Option<u32>,
 }
 
 /// What was forgotten.
@@ -225,6 +228,10 @@ pub struct ForgetReport {
     /// What could not be reached, in words.
     #[n(2)]
     pub notes: Vec<String>,
+    /// How many are still to be removed, here and elsewhere: 0 when it is done. It goes on by itself; the same call
+    /// again tells how far it is.
+    #[n(3)]
+    pub left: u64,
 }
 
 /// Promise a generation.

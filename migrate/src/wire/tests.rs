@@ -359,6 +359,7 @@ fn calls() -> Vec<Message> {
             vm: vm(),
             force: true,
             only_here: false,
+            wait_ms: None,
         }),
         Call::Fetch(NameCall { name: name(1) }),
         Call::Copy(CopyCall {
@@ -510,6 +511,7 @@ fn replies() -> Vec<Message> {
             segments: 1,
             bytes: 2,
             notes: vec![],
+            left: 3,
         }),
         Reply::Fetch(brief()),
         Reply::Copied(CopyReport {

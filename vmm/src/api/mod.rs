@@ -15,6 +15,7 @@ pub mod client;
 pub mod fault;
 pub mod instance;
 pub mod openapi;
+mod places;
 pub mod resources;
 pub mod routes;
 pub mod server;

@@ -5,22 +5,26 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use hyper::body::{Frame, SizeHint};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use rustix::fs::Mode;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::instance::Instance;
+use super::places::{Busy, Place, Places};
 use super::routes;
 
 /// The longest path of a Unix socket: `sun_path` has 108 bytes, and one ends it.
 pub const MAX_SOCKET_PATH_BYTES: usize = 107;
-/// Connections served at once; more wait in the socket's queue.
+/// Connections served at once; beyond, an idle one gives way.
 const MAX_CONNECTIONS: usize = 64;
 /// Headers of a request.
 const MAX_HEADERS: usize = 64;
@@ -200,15 +204,16 @@ impl Server {
 
 async fn accept(listener: UnixListener, instance: Arc<Instance>, mut stop: watch::Receiver<bool>) {
     let router = routes::router(instance);
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let places = Places::new(MAX_CONNECTIONS);
     let mut connections = JoinSet::new();
     loop {
-        // Never closed, so a place always comes.
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
-            break;
-        };
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
+            _ = stop.wait_for(|stop| *stop) => break,
+        };
+        // An idle one gives way; when all are at work, the next waits for its turn here, and others in the queue.
+        let place = tokio::select! {
+            place = places.enter() => place,
             _ = stop.wait_for(|stop| *stop) => break,
         };
         while connections.try_join_next().is_some() {}
@@ -216,8 +221,10 @@ async fn accept(listener: UnixListener, instance: Arc<Instance>, mut stop: watch
             Ok((stream, _)) => {
                 let (router, stop) = (router.clone(), stop.clone());
                 connections.spawn(async move {
-                    serve(stream, router, stop).await;
-                    drop(place);
+                    tokio::select! {
+                        () = serve(stream, marked(router, &place), stop) => {}
+                        () = place.given_away() => tracing::debug!("an idle control connection gave way"),
+                    }
                 });
             }
             Err(error) => {
@@ -229,6 +236,47 @@ async fn accept(listener: UnixListener, instance: Arc<Instance>, mut stop: watch
     let all = async { while connections.join_next().await.is_some() {} };
     if tokio::time::timeout(GRACE, all).await.is_err() {
         connections.shutdown().await;
+    }
+}
+
+/// Every request marks its connection as at work, until the last of its answer is sent.
+fn marked(router: axum::Router, place: &Place) -> axum::Router {
+    let busy = place.marker();
+    router.layer(axum::middleware::from_fn(
+        move |request: axum::extract::Request, next: axum::middleware::Next| {
+            let busy = busy();
+            async move {
+                next.run(request)
+                    .await
+                    .map(|body| axum::body::Body::new(Held { body, _busy: busy }))
+            }
+        },
+    ))
+}
+
+/// A body whose connection is at work until it has been sent.
+struct Held {
+    body: axum::body::Body,
+    _busy: Busy,
+}
+
+impl hyper::body::Body for Held {
+    type Data = axum::body::Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        hyper::body::Body::size_hint(&self.body)
     }
 }
 

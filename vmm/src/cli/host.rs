@@ -16,7 +16,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
 use super::logging::Log;
-use super::rundir::{EndNote, Place, SOCKET};
+use super::rundir::{EndNote, Place, Pointer, SOCKET};
 use super::terminal::{self, RawMode, Typed};
 use super::{CliError, Outcome};
 use crate::api::instance::{Identity, Origin};
@@ -148,6 +148,14 @@ impl Host {
         if self.audience == (Audience::Parent { detached: true }) {
             leave_the_terminal(place.dir())?;
         }
+        let _pointer = (self.run_dir != super::rundir::run_dir(None))
+            .then(|| Pointer::leave(place.dir()))
+            .and_then(|left| {
+                left.inspect_err(
+                    |error| tracing::debug!(%error, "`vmm ps` will not find it in its run folder"),
+                )
+                .ok()
+            });
         let socket_path = self.api_sock.clone().unwrap_or_else(|| place.dir().join(SOCKET));
         let socket = Socket::bind(&socket_path)?;
         if self.api_sock.is_some() {

@@ -7,7 +7,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
 use super::options::RunDir;
-use super::rundir::Found;
+use super::rundir::{Found, elsewhere};
 use super::{CliError, Outcome, print, print_json, size};
 use crate::api::Client;
 use crate::api::client::ClientError;
@@ -55,8 +55,25 @@ impl Ps {
         if self.json {
             return print_json(&rows);
         }
-        print(format!("{}\n{}", table(&rows), notes(&rows)).as_bytes())
+        let elsewhere = elsewhere(&self.run_dir.path());
+        print(format!("{}\n{}{}", table(&rows), notes(&rows), told(&elsewhere)).as_bytes())
     }
+}
+
+/// Where the VMs are that have another run folder: those an agent has taken over, above all.
+fn told(elsewhere: &[Found]) -> String {
+    let mut text = String::new();
+    for found in elsewhere {
+        let base = found.dir.parent().unwrap_or(&found.dir).display();
+        text.push_str(&format!(
+            "\n{} runs with another run folder: vmm ps --run-dir {base}",
+            found.name
+        ));
+    }
+    if !text.is_empty() {
+        text.push('\n');
+    }
+    text
 }
 
 /// What there is to say beyond the table: why a VM does not run, what is wrong with its checkpoints or holders.

@@ -330,6 +330,84 @@ impl Found {
     }
 }
 
+/// Where VMs whose run folder is not the usual one leave a link to it, so that `vmm ps` can say where they are. One
+/// folder a user, whatever the environment says: an agent and a person have different ones.
+fn links() -> PathBuf {
+    let uid = rustix::process::geteuid();
+    match uid.is_root() {
+        true => PathBuf::from("/run/understudy/elsewhere"),
+        false => PathBuf::from(format!("/tmp/understudy-{}/elsewhere", uid.as_raw())),
+    }
+}
+
+/// A link to a VM's folder; removed when it is dropped.
+#[derive(Debug)]
+pub struct Pointer(PathBuf);
+
+impl Pointer {
+    /// Leaves a link to `dir`, and removes those of VMs that are gone.
+    ///
+    /// # Errors
+    /// What the system says; the VM can do without.
+    pub fn leave(dir: &Path) -> io::Result<Self> {
+        let links = links();
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&links)?;
+        let owner = std::fs::symlink_metadata(&links)?.uid();
+        if owner != rustix::process::geteuid().as_raw() {
+            let why = format!("{} belongs to user {owner}", links.display());
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+        }
+        for (link, found) in linked(&links) {
+            if !found.is_some_and(|found| found.alive) {
+                // Another may have removed it.
+                let _ = std::fs::remove_file(link);
+            }
+        }
+        let link = links.join(std::process::id().to_string());
+        std::os::unix::fs::symlink(std::path::absolute(dir)?, &link)?;
+        Ok(Self(link))
+    }
+}
+
+impl Drop for Pointer {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn linked(links: &Path) -> Vec<(PathBuf, Option<Found>)> {
+    // Under /tmp anyone may have made a folder of this name.
+    let own = std::fs::symlink_metadata(links)
+        .is_ok_and(|m| m.is_dir() && m.uid() == rustix::process::geteuid().as_raw());
+    if !own {
+        return Vec::new();
+    }
+    let entries = std::fs::read_dir(links).into_iter().flatten().flatten();
+    let look = |link: PathBuf| {
+        let found = std::fs::read_link(&link).ok().and_then(|dir| {
+            let name = dir.file_name()?.to_str()?.to_owned();
+            Found::at(dir.parent()?, &name)
+        });
+        (link, found)
+    };
+    entries.map(|entry| look(entry.path())).collect()
+}
+
+/// The VMs of this user that run with another run folder than `base`.
+pub fn elsewhere(base: &Path) -> Vec<Found> {
+    let base = std::path::absolute(base).unwrap_or_else(|_| base.to_owned());
+    let mut found: Vec<_> = linked(&links())
+        .into_iter()
+        .filter_map(|(_, found)| found)
+        .filter(|found| found.alive && found.dir.parent() != Some(base.as_path()))
+        .collect();
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    found
+}
+
 fn read_note(path: &Path) -> Option<EndNote> {
     use std::io::Read;
     let mut bytes = Vec::new();
