@@ -375,6 +375,9 @@ pub struct VmConfig {
     /// For a restored VM: what the logical names of its devices are on this host.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub bindings: BTreeMap<String, String>,
+    /// The same for whatever VM it is: what the host has for devices of these names, should the VM have them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub offers: BTreeMap<String, String>,
     /// Only empty.
     #[serde(default)]
     #[schema(value_type = Vec<Object>)]

@@ -77,7 +77,7 @@ impl std::fmt::Display for Lack {
                 needed >> 20,
                 available >> 20
             ),
-            Self::Device(what) => write!(f, "{what}"),
+            Self::Device(what) => write!(f, "device: {what}"),
         }
     }
 }

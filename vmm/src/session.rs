@@ -187,7 +187,7 @@ impl Session {
         from: RestoreFrom,
         clock: ClockPolicy,
     ) -> Result<Self, SessionError> {
-        Self::restore_with(config, from, clock, &Bindings::new()).await
+        Self::restore_with(config, from, clock, &Bindings::default()).await
     }
 
     /// The same, with the logical names of its devices bound to what this host has.
@@ -259,13 +259,15 @@ impl Session {
         )
     }
 
-    /// What this host lacks to run a checkpoint; nothing is made or changed. The memory's content is not looked at.
+    /// What this host lacks to run a checkpoint with its devices bound so; nothing is made or changed. The memory's
+    /// content is not looked at.
     ///
     /// # Errors
     /// [`SessionError`] when the checkpoint cannot be read, or /dev/kvm cannot be asked.
     pub fn preflight(
         config: &SessionConfig,
         from: &RestoreFrom,
+        bindings: &Bindings,
     ) -> Result<(SegmentName, Vec<Lack>), SessionError> {
         let plan = load_plan(config, from)?;
         let name = plan.manifest().name.clone();
@@ -273,7 +275,9 @@ impl Session {
             name: name.clone(),
             source,
         })?;
-        let lacks = preflight::check(&saved)?;
+        let mut lacks = preflight::check(&saved)?;
+        let devices = disks::lacks(&saved.virtio, bindings, &config.store);
+        lacks.extend(devices.into_iter().map(Lack::Device));
         Ok((name, lacks))
     }
 

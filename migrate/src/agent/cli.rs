@@ -14,7 +14,7 @@ use segment::{SegmentName, VmId};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::systemd::Systemd;
-use super::{Agent, AgentConfig, AgentError, Housekeeping, view};
+use super::{Agent, AgentConfig, AgentError, Housekeeping, Offer, view};
 use crate::ca::{CaCommand, CaError};
 use crate::placement::LabelRule;
 use crate::protect::DEFAULT_MAX_LINKS;
@@ -172,6 +172,11 @@ struct ServeArgs {
     /// How long a VM that is taken over may take to run before it is ended, like 2min [default: by its size].
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     restore_timeout: Option<Duration>,
+    /// What a device of the VMs it takes over is on this host: [VM/]net:NAME=TAP or [VM/]disk:NAME=FILE, where {vm} is
+    /// the VM's name. Without VM/ for all that have such a device. A disk without one gets a file under DATA. May be
+    /// given more than once.
+    #[arg(long, value_name = "[VM/]NAME=WHAT")]
+    bind: Vec<Offer>,
     /// A label of this node that placement chooses by, like zone=a. May be given more than once.
     #[arg(long, value_name = "KEY=VALUE", value_parser = label)]
     label: Vec<(String, String)>,
@@ -389,6 +394,7 @@ async fn serve(args: ServeArgs, identity: &IdentityArgs) -> Result<(), CliError>
         },
         lease_ttl: args.lease.into(),
         replace_after: args.replace_after.into(),
+        offers: args.bind,
     };
     let agent = Agent::start(config).await?;
     // For scripts that wait for it, and that let the system choose the port.

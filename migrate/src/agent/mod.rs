@@ -23,6 +23,7 @@ mod gather;
 mod housekeep;
 mod keep;
 mod member;
+mod offer;
 mod owners;
 mod promote;
 mod repair;
@@ -58,6 +59,7 @@ use sessions::Sessions;
 pub use door::{MAX_CONNECTIONS, MAX_OF_NODE, MAX_STRANGERS};
 pub use housekeep::Housekeeping;
 pub use member::LEASE_TTL;
+pub use offer::Offer;
 pub use repair::REPLACE_AFTER;
 pub use spawn::find_vmm;
 
@@ -101,6 +103,8 @@ pub struct AgentConfig {
     pub lease_ttl: Duration,
     /// How long a holder of a VM may be gone before another takes its place.
     pub replace_after: Duration,
+    /// What this host has for the devices of the VMs it takes over.
+    pub offers: Vec<Offer>,
 }
 
 /// Why an agent did not start.
@@ -178,6 +182,7 @@ struct Inner {
     vmm: Option<PathBuf>,
     run_dir: PathBuf,
     restore_timeout: Option<Duration>,
+    offers: Vec<Offer>,
     sessions: Sessions,
     owners: owners::Owners,
     forgetting: forget::Forgetting,
@@ -220,6 +225,7 @@ impl Agent {
             replace,
             run_dir,
             restore_timeout,
+            offers,
             housekeeping,
             labels,
             etcd: access,
@@ -286,6 +292,7 @@ impl Agent {
             roles,
             run_dir: run_dir.unwrap_or_else(|| data.join("run")),
             restore_timeout,
+            offers,
             data,
             store,
             registry: backend.clone(),

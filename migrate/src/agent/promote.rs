@@ -77,6 +77,12 @@ pub(super) async fn promote(inner: &Arc<Inner>, call: PromoteCall) -> Result<Pro
     if let Err(why) = spawn::find_vmm(inner.vmm.as_deref()) {
         return refuse(format!("cannot promote VM {vm}: {why}. Nothing was changed"));
     }
+    if let Err(why) = spawn::check(inner, &vm).await {
+        return refuse(format!(
+            "cannot promote VM {vm} here: {why}. Nothing was changed: give the host what is missing (`standby serve --bind` \
+             names its devices), or promote it on another"
+        ));
+    }
     let Some(claim) = inner.promotes.begin(&vm) else {
         return refuse(format!(
             "a promote of VM {vm} is under way on this node already: wait for its end"

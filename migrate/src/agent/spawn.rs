@@ -10,11 +10,12 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use segment::Generation;
+use segment::{Generation, VmId};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command};
 
 use super::Inner;
+use super::offer::for_vm;
 use crate::failover::Running;
 use crate::registry::{RegistryAddr, VmRecord};
 use crate::wire::SegmentBrief;
@@ -25,6 +26,10 @@ const READY_DEADLINE: Duration = Duration::from_secs(120);
 const READ_BYTES_A_SECOND: u64 = 32 << 20;
 /// How long a process may take to be gone once it was killed.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long it may take to say whether this host can run a VM.
+const CHECK_DEADLINE: Duration = Duration::from_secs(20);
+/// The most it may say about that.
+const MAX_CHECK_BYTES: u64 = 64 << 10;
 /// The longest line it may say that it is ready with.
 const MAX_READY_BYTES: u64 = 64 << 10;
 /// How much of its log is shown when it failed.
@@ -67,6 +72,68 @@ pub fn find_vmm(named: Option<&Path>) -> Result<PathBuf, String> {
         })
 }
 
+fn offered(inner: &Inner, vm: &VmId) -> impl Iterator<Item = String> {
+    for_vm(&inner.offers, vm)
+        .into_iter()
+        .flat_map(|(name, what)| ["--offer".to_owned(), format!("{name}={what}")])
+}
+
+/// Whether this host has all that the VM needs, as far as its newest checkpoint here tells; nothing is changed.
+///
+/// # Errors
+/// In words, what it lacks. Whatever else keeps the check from being made is for the takeover itself to meet.
+pub(super) async fn check(inner: &Inner, vm: &VmId) -> Result<(), String> {
+    let vmm = find_vmm(inner.vmm.as_deref())?;
+    let Some(tip) = inner.store.newest_complete(vm) else {
+        return Ok(());
+    };
+    let mut command = Command::new(&vmm);
+    command.args(["restore", "--check", "--name", vm.as_str(), "--from"]);
+    command
+        .arg(inner.data.join("store"))
+        .args(["--segment", &tip.name.to_string(), "--store"])
+        .arg(inner.data.join("spool").join(vm.as_str()))
+        .args(offered(inner, vm))
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true);
+    let checked = async {
+        let mut child = command.spawn()?;
+        let mut said = Vec::new();
+        if let Some(stdout) = child.stdout.take() {
+            stdout.take(MAX_CHECK_BYTES).read_to_end(&mut said).await?;
+        }
+        let status = child.wait().await?;
+        io::Result::Ok((status, said))
+    };
+    let said = match tokio::time::timeout(CHECK_DEADLINE, checked).await {
+        Ok(Ok((status, said))) if !status.success() => said,
+        Ok(Ok(_)) => return Ok(()),
+        Ok(Err(error)) => {
+            tracing::warn!(%vm, %error, "whether this host can run it was not found out");
+            return Ok(());
+        }
+        Err(_) => {
+            tracing::warn!(%vm, "whether this host can run it was not found out in {CHECK_DEADLINE:?}");
+            return Ok(());
+        }
+    };
+    let said = String::from_utf8_lossy(&said);
+    let missing: Vec<&str> = said
+        .lines()
+        .filter_map(|line| line.strip_prefix("missing: "))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(format!(
+        "this host cannot run it ({}): {}",
+        tip.name,
+        missing.join("; ")
+    ))
+}
+
 /// Starts the guest of `record` from `tip`, which is whole in the agent's store, and waits until it runs.
 ///
 /// # Errors
@@ -103,6 +170,7 @@ pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief
     let mut command = Command::new(&vmm);
     command.arg("restore").arg("--from").arg(inner.data.join("store"));
     command.args(["--name", vm, "--segment", &tip.name.to_string()]);
+    command.args(offered(inner, &record.vm));
     command
         .args(["--generation", &record.generation.to_string()])
         .arg("--store")

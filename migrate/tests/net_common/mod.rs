@@ -138,6 +138,7 @@ pub fn config(dir: &Path, node: &str, registry: RegistryAddr) -> AgentConfig {
         registry,
         budget: None,
         vmm: None,
+        offers: Vec::new(),
         replace: false,
         run_dir: None,
         restore_timeout: None,

@@ -37,6 +37,7 @@ pub(crate) async fn agent(lab: &Lab, data: &Path) -> Result<Agent> {
         registry: RegistryAddr::Embedded,
         budget: None,
         vmm: None,
+        offers: Vec::new(),
         replace: false,
         run_dir: None,
         restore_timeout: None,

@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use super::fault::Fault;
 use crate::clock::ClockPolicy;
 use crate::config::{LoggerConfig, VmConfig};
-use crate::session::{RestoreFrom, Session, SessionConfig, StopReport};
+use crate::session::{Bindings, RestoreFrom, Session, SessionConfig, StopReport};
 
 /// What is done with a `PUT /logger`.
 pub type LogControl = Box<dyn Fn(&LoggerConfig) -> Result<(), String> + Send + Sync>;
@@ -239,7 +239,11 @@ impl Instance {
                 .await?
             }
             Origin::Restore(from, clock) => {
-                let session = Session::restore_with(session_config, from, clock, &config.bindings).await?;
+                let bindings = Bindings {
+                    named: config.bindings.clone(),
+                    offered: config.offers.clone(),
+                };
+                let session = Session::restore_with(session_config, from, clock, &bindings).await?;
                 let machine = session.vm().config();
                 self.reconfigure(|config| {
                     config.machine_config.vcpu_count = machine.vcpus;

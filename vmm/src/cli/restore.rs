@@ -13,7 +13,7 @@ use super::{CliError, Outcome, devices, on_runtime};
 use crate::api::instance::{Identity, Origin};
 use crate::clock::ClockPolicy;
 use crate::config::{CheckpointConfig, VmConfig};
-use crate::session::{RestoreFrom, Session, SessionConfig, SessionError};
+use crate::session::{Bindings, RestoreFrom, Session, SessionConfig, SessionError};
 
 /// Runs a VM from a checkpoint: from a store (of a VM or of an agent), or from segment files.
 #[derive(Debug, Args)]
@@ -50,6 +50,9 @@ pub(super) struct Restore {
     /// net:NAME=TAP. Can be given again
     #[arg(long, value_name = "NAME=WHAT", value_parser = devices::binding)]
     bind: Vec<(String, String)>,
+    /// What this host has for a device of that name, should the VM have it: like --bind, and ignored where it has not
+    #[arg(long, value_name = "NAME=WHAT", value_parser = devices::binding)]
+    offer: Vec<(String, String)>,
     #[command(flatten)]
     keeping: Keeping,
     #[command(flatten)]
@@ -114,7 +117,11 @@ impl Restore {
             checkpoints: CheckpointConfig::default(),
             second_copy: self.allow_second_copy,
         };
-        let (checkpoint, lacks) = Session::preflight(&session, &from)?;
+        let bindings = Bindings {
+            named: self.bind.iter().cloned().collect(),
+            offered: self.offer.iter().cloned().collect(),
+        };
+        let (checkpoint, lacks) = Session::preflight(&session, &from, &bindings)?;
         for lack in &lacks {
             println!("missing: {lack}");
         }
@@ -139,6 +146,7 @@ impl Restore {
     fn host(&self) -> Result<Host, CliError> {
         let mut config = VmConfig {
             bindings: self.bind.iter().cloned().collect(),
+            offers: self.offer.iter().cloned().collect(),
             ..VmConfig::default()
         };
         self.keeping.apply(&mut config)?;

@@ -24,7 +24,31 @@ use crate::devices::virtio::state::{BlockState, DeviceState, VirtioState};
 const DISKS: &str = "disks";
 
 /// What logical names mean on this host: `disk:root` a file, `net:0` a TAP interface.
-pub type Bindings = BTreeMap<String, String>;
+#[derive(Debug, Clone, Default)]
+pub struct Bindings {
+    /// What somebody named for this VM: one of a device that it does not have is an error.
+    pub named: BTreeMap<String, String>,
+    /// What the host has for devices of these names, for VMs that have them.
+    pub offered: BTreeMap<String, String>,
+}
+
+impl Bindings {
+    fn get(&self, name: &str) -> Option<&str> {
+        self.named
+            .get(name)
+            .or_else(|| self.offered.get(name))
+            .map(String::as_str)
+    }
+}
+
+impl<const N: usize> From<[(String, String); N]> for Bindings {
+    fn from(named: [(String, String); N]) -> Self {
+        Self {
+            named: named.into(),
+            offered: BTreeMap::new(),
+        }
+    }
+}
 
 /// Why the devices of a checkpoint cannot be had here.
 #[derive(Debug, thiserror::Error)]
@@ -58,8 +82,8 @@ pub enum BindError {
         #[source]
         source: FileError,
     },
-    /// The folder of a disk's file.
-    #[error("make the folder {path:?}")]
+    /// The folder for a disk's file.
+    #[error("make files in the folder {path:?}")]
     Folder {
         /// Which.
         path: PathBuf,
@@ -94,6 +118,7 @@ pub(super) fn check(saved: &[VirtioState], bindings: &Bindings) -> Result<(), Bi
         .map(|state| state.name.clone())
         .collect();
     let unknown: Vec<String> = bindings
+        .named
         .keys()
         .filter(|name| !has.contains(name))
         .cloned()
@@ -103,7 +128,7 @@ pub(super) fn check(saved: &[VirtioState], bindings: &Bindings) -> Result<(), Bi
     }
     let missing: Vec<String> = has
         .into_iter()
-        .filter(|name| name.starts_with(NET) && !bindings.contains_key(name))
+        .filter(|name| name.starts_with(NET) && bindings.get(name).is_none())
         .collect();
     if missing.is_empty() {
         Ok(())
@@ -132,7 +157,7 @@ pub(super) fn prepare(
             }
             DeviceState::Net(net) => Backing::Net {
                 name: state.name.clone(),
-                tap: Tap::open(&state.name, bindings.get(&state.name).map_or("", String::as_str))?,
+                tap: Tap::open(&state.name, bindings.get(&state.name).unwrap_or_default())?,
                 mac: net.mac,
             },
             DeviceState::Rng => Backing::Rng,
@@ -147,18 +172,14 @@ fn new_disk(
     bindings: &Bindings,
     store: &Path,
 ) -> Result<(Arc<Disk>, Filling), BindError> {
-    let bound = bindings.get(name).map(PathBuf::from);
+    let (to, bound) = disk_file(name, bindings, store);
     // A file somebody named may be all there is of an older state: what replaces it is on the disk first.
-    let files = if bound.is_some() {
+    let files = if bound {
         Files::durable()
     } else {
         Files::unsynced()
     };
-    let to = bound.unwrap_or_else(|| store.join(DISKS).join(format!("{}.raw", plain(name))));
-    let folder = to
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
+    let folder = folder_of(&to);
     if !folder.exists() {
         std::fs::create_dir_all(folder).map_err(|source| BindError::Folder {
             path: folder.to_owned(),
@@ -193,6 +214,61 @@ fn new_disk(
             _old: old,
         },
     ))
+}
+
+/// Where a disk's file goes, and whether somebody said so.
+fn disk_file(name: &str, bindings: &Bindings, store: &Path) -> (PathBuf, bool) {
+    match bindings.get(name) {
+        Some(path) => (path.into(), true),
+        None => (store.join(DISKS).join(format!("{}.raw", plain(name))), false),
+    }
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."))
+}
+
+/// What [`prepare`] would fail at, all of it, in words; nothing is made.
+pub(super) fn lacks(saved: &[VirtioState], bindings: &Bindings, store: &Path) -> Vec<String> {
+    let mut lacks = Vec::new();
+    let mut say = |error: BindError| lacks.push(super::chain(&error));
+    if let Err(error) = check(saved, bindings) {
+        say(error);
+    }
+    for state in saved {
+        match (&state.device, bindings.get(&state.name)) {
+            (DeviceState::Net(_), Some(tap)) => {
+                if let Err(error) = Tap::open(&state.name, tap) {
+                    say(error.into());
+                }
+            }
+            (DeviceState::Block(_), _) => {
+                let (to, _) = disk_file(&state.name, bindings, store);
+                if let Err(error) = existing(&state.name, &to) {
+                    say(error);
+                }
+                // The first folder that is there has to let the others, and the file, be made.
+                let there = folder_of(&to).ancestors().find(|folder| folder.exists());
+                let folder = there.unwrap_or(Path::new("."));
+                if let Err(source) = may_write(folder) {
+                    let path = folder.to_owned();
+                    say(BindError::Folder { path, source });
+                }
+            }
+            (DeviceState::Net(_), None) | (DeviceState::Rng, _) => {}
+        }
+    }
+    lacks
+}
+
+fn may_write(folder: &Path) -> std::io::Result<()> {
+    if !folder.is_dir() {
+        return Err(std::io::ErrorKind::NotADirectory.into());
+    }
+    let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+    rustix::fs::access(folder, access).map_err(Into::into)
 }
 
 /// What has the name now, as long as no VM uses it.
