@@ -19,6 +19,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use minicbor::{Decode, Encode};
 use serde::Serialize;
 
 use crate::failover::seals_needed;
@@ -26,15 +27,20 @@ use crate::lease::LeaseTerms;
 use crate::registry::VmState;
 
 /// What the agent of the owner's host says of its process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(index_only)]
 pub enum Process {
     /// It is there and is scheduled.
+    #[n(0)]
     Alive,
     /// It is there and was stopped (SIGSTOP, a debugger).
+    #[n(1)]
     Stopped,
     /// It is there and waits for a disk that does not answer.
+    #[n(2)]
     DiskHung,
     /// It has ended.
+    #[n(3)]
     Gone,
 }
 
@@ -83,6 +89,8 @@ pub struct RegistrySight {
     pub state: VmState,
     /// For how long the candidate has seen its lease unchanged; `None` when it has not watched it yet.
     pub lease_silent_for: Option<Duration>,
+    /// It holds a lease for much longer than it was asked to, so that it cannot tell in time that the lease ran out.
+    pub coarse: bool,
     /// The ack quorum.
     pub ack_quorum: usize,
 }
@@ -185,7 +193,10 @@ pub fn judge(sight: &Sight, terms: LeaseTerms) -> Judgement {
     let lease_gone = registry
         .lease_silent_for
         .is_some_and(|silent| silent >= terms.guard());
-    match (lease_gone, silent >= needed) {
+    // Where the registry cannot tell in time, the holders have to agree, all that answer, and so many that the owner can
+    // commit nothing without them. (Should it be well all the same, it is stopped by the raise like any other.)
+    let agreed = registry.coarse && silent == answering && silent >= needed.max(registry.ack_quorum);
+    match (lease_gone || agreed, silent >= needed) {
         (true, true) => Judgement::Down(cause(sight.host)),
         (true, false) if answering < needed => Judgement::Wait(Doubt::HoldersAway),
         (true, false) => Judgement::Wait(Doubt::HoldersHear),
@@ -257,6 +268,7 @@ mod tests {
             registry: Some(RegistrySight {
                 state: VmState::Running,
                 lease_silent_for: Some(lease),
+                coarse: false,
                 ack_quorum: 2,
             }),
             holders: holders.to_vec(),
@@ -292,6 +304,26 @@ mod tests {
             Judgement::Wait(Doubt::LeaseHolds)
         );
         assert_eq!(judged(SHORT, &[HEARS, HEARS, HEARS]), Judgement::Well);
+    }
+
+    #[test]
+    fn where_the_registry_is_slow_all_who_answer_have_to_agree() {
+        let judged = |holders: &[_]| {
+            let mut seen = sight(SHORT, holders, Host::Silent);
+            if let Some(registry) = &mut seen.registry {
+                registry.coarse = true;
+            }
+            judge(&seen, TERMS)
+        };
+        assert_eq!(judged(&[DEAF, DEAF, AWAY]), Judgement::Down(Cause::AgentSilent));
+        assert_eq!(judged(&[DEAF, DEAF, HEARS]), Judgement::Wait(Doubt::LeaseHolds));
+        assert_eq!(
+            judged(&[DEAF, AWAY, AWAY]),
+            Judgement::Well,
+            "one holder's word is not enough to seal"
+        );
+        // One of two could be sealed; the owner may commit with the other still, so its word is needed.
+        assert_eq!(judged(&[DEAF, AWAY]), Judgement::Wait(Doubt::LeaseHolds));
     }
 
     #[test]

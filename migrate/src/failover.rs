@@ -10,7 +10,10 @@
 //! Before anything is changed, the holders are asked whether it can work at all, and look for damage in what they have:
 //! a promote that cannot succeed leaves the old owner alone.
 //!
-//! Invariants: the guest is started only after `holders - ack_quorum + 1` holders have promised the new generation; it
+//! While the chain is fetched, the time runs out in which the owner before may still run its guest: its lease in the
+//! registry, and what the sealed holders had granted it (see [`crate::lease`]).
+//!
+//! Invariants: the guest is started only after that time, and only after `holders - ack_quorum + 1` holders have promised the new generation; it
 //! never goes on from a checkpoint older than one that can have been committed (see `failover/evidence.rs` for the
 //! proof), unless the operator has accepted that loss in so many words; whoever loses the compare-and-swap, or meets a
 //! higher generation on the way, starts nothing; a plan that fails leaves nothing running, and beginning anew is always
@@ -24,9 +27,12 @@ mod evidence;
 pub use error::{Left, PromoteError};
 
 use evidence::{Answers, Choice, Verdict};
+use std::time::Duration;
+
 use segment::{Generation, SegmentName, VmId};
 
-use crate::registry::{RegistryError, VmRecord};
+use crate::lease::{LeaseTerms, MAX_TTL};
+use crate::registry::{LeaseState, OwnerProcess, RegistryError, VmRecord};
 use crate::wire::SegmentBrief;
 
 /// How many holders have to be sealed, so that they meet every set of `ack_quorum` holders.
@@ -34,6 +40,23 @@ use crate::wire::SegmentBrief;
 pub fn seals_needed(holders: usize, ack_quorum: usize) -> usize {
     // Any two sets of these sizes have a holder in common: needed + quorum = holders + 1.
     (holders + 1).saturating_sub(ack_quorum).max(1)
+}
+
+/// How long the lease of the owner before may hold in the registry after the raise, which ended its renewals.
+#[must_use]
+pub fn lease_left(before: &VmRecord, raised: &VmRecord) -> Duration {
+    let Some(failover) = &raised.failover else {
+        // Its owner runs it without one.
+        return Duration::ZERO;
+    };
+    // It had run out by the registry's clock, or was given back, and none was taken since: that would have changed the
+    // record. (One that was never taken under this generation says nothing of the owner before it.)
+    let over = before.owner_lease() == LeaseState::Gone && raised.revision == before.revision + 1;
+    if over {
+        return Duration::ZERO;
+    }
+    let terms = failover.terms();
+    terms.map_or(MAX_TTL + MAX_TTL, LeaseTerms::guard)
 }
 
 /// Why a holder was not sealed.
@@ -62,6 +85,8 @@ pub struct Holding {
     pub dangling: Option<SegmentBrief>,
     /// Why it cannot tell what it had, when it cannot.
     pub forgot: Option<String>,
+    /// For how long it lets nobody else run the guest, from when it said so: what it granted before it promised.
+    pub granted: Duration,
 }
 
 /// The VM runs.
@@ -98,6 +123,11 @@ pub enum PlanEvent {
     },
     /// The chain is whole in the local store, and what had to be replaced for it, in words; or why not.
     Fetched(Result<Vec<String>, String>),
+    /// The time is over that was to be waited for; or what could have run the guest in it is known to have ended.
+    Waited {
+        /// For how long it was waited.
+        time: Duration,
+    },
     /// The guest runs; or why not.
     Started(Result<Running, String>),
 }
@@ -137,6 +167,14 @@ pub enum PlanAction {
         /// The new generation.
         generation: Generation,
     },
+    /// Let the time run out in which the owner before may still run its guest; answer `Waited`. It may be answered at
+    /// once when that owner's process is known to have ended.
+    Wait {
+        /// At most so long.
+        time: Duration,
+        /// The owner before, as the record named it after the raise: later none can have come.
+        process: Option<OwnerProcess>,
+    },
     /// Start the guest from the local store; answer `Started`.
     Start {
         /// The VM, under its new generation.
@@ -169,7 +207,9 @@ enum State {
         record: Box<VmRecord>,
         answers: Answers,
     },
-    Raising,
+    Raising {
+        before: Box<VmRecord>,
+    },
     Sealing {
         record: Box<VmRecord>,
         answers: Answers,
@@ -179,6 +219,12 @@ enum State {
         tip: Box<SegmentBrief>,
         from: Vec<String>,
         otherwise: Otherwise,
+    },
+    /// The chain is here, and the time of the owner before is not over.
+    Waiting {
+        record: Box<VmRecord>,
+        tip: Box<SegmentBrief>,
+        repair_from: Option<Vec<String>>,
     },
     Starting {
         record: Box<VmRecord>,
@@ -211,6 +257,9 @@ pub struct PlanOptions {
     pub dry_run: bool,
     /// Go on from the newest that is there even if a later one was committed and is lost. An operator's word only.
     pub accept_loss: bool,
+    /// Go on though fewer holders answer than it takes to fence the owner before. An operator's word only: that owner may
+    /// run on, and what only the others have is lost.
+    pub force: bool,
 }
 
 /// One node's try to take one VM over.
@@ -220,6 +269,10 @@ pub struct Plan {
     options: PlanOptions,
     state: State,
     notes: Vec<String>,
+    /// How long the lease in the registry may hold after the raise.
+    leased: Duration,
+    /// The time of the owner before is being waited for.
+    waiting: bool,
 }
 
 /// What a phase of questions came to.
@@ -230,6 +283,7 @@ enum Judged {
         choice: Choice,
         otherwise: Otherwise,
         notes: Vec<String>,
+        granted: Duration,
     },
     Fail(PromoteError),
 }
@@ -243,6 +297,8 @@ impl Plan {
             options,
             state: State::Fresh,
             notes: Vec::new(),
+            leased: Duration::ZERO,
+            waiting: false,
         }
     }
 
@@ -274,8 +330,11 @@ impl Plan {
             }
             // The record as the compare-and-swap left it: its holders cannot change any more but under the new
             // generation, which is ours. (The ones read before could be old.)
-            (State::Raising, PlanEvent::Raised(Ok(record))) => self.seal(record),
-            (State::Raising, PlanEvent::Raised(Err(source))) => self.fail(PromoteError::Raise {
+            (State::Raising { before }, PlanEvent::Raised(Ok(record))) => {
+                self.leased = lease_left(&before, &record);
+                self.seal(record)
+            }
+            (State::Raising { .. }, PlanEvent::Raised(Err(source))) => self.fail(PromoteError::Raise {
                 vm: self.vm.clone(),
                 source,
             }),
@@ -304,6 +363,7 @@ impl Plan {
                 },
                 PlanEvent::Fetched(result),
             ) => self.fetched(record, tip, from, otherwise, result),
+            (state, PlanEvent::Waited { time }) => self.waited(state, time),
             (State::Starting { record, tip, .. }, PlanEvent::Started(Ok(running))) => {
                 self.succeed(*record, *tip, Some(running))
             }
@@ -390,10 +450,9 @@ impl Plan {
             }
             // What was noticed is noticed again when they are sealed.
             Judged::Go { record, .. } => {
-                self.state = State::Raising;
-                vec![PlanAction::Raise {
-                    expected: record.generation,
-                }]
+                let expected = record.generation;
+                self.state = State::Raising { before: record };
+                vec![PlanAction::Raise { expected }]
             }
         }
     }
@@ -432,9 +491,13 @@ impl Plan {
                 choice,
                 otherwise,
                 notes,
+                granted,
             } => {
                 self.notes = notes;
-                self.fetch(record, choice, otherwise)
+                let wait = self.wait(granted, &record);
+                let mut actions = self.fetch(record, choice, otherwise);
+                actions.extend(wait);
+                actions
             }
         }
     }
@@ -444,6 +507,8 @@ impl Plan {
         let vm = self.vm.clone();
         let holders = record.holders.len();
         let failures = answers.failures();
+        let granted = answers.heard.iter().map(|(_, holding)| holding.granted).max();
+        let mut granted = granted.unwrap_or_default();
         let mut notes: Vec<_> = answers
             .failed
             .iter()
@@ -458,6 +523,21 @@ impl Plan {
         };
         let (choice, otherwise) = match answers.verdict(&record) {
             Verdict::Wait => return Judged::Wait(record, answers),
+            Verdict::TooFew if self.options.force && answers.newest().is_some() => {
+                let needed = seals_needed(holders, record.ack_quorum as usize);
+                notes.push(format!(
+                    "forced: {} of the {needed} holders that are needed answered, so the owner before was not fenced; if it \
+                     runs, VM {vm} runs twice, and what only the other holders have is lost",
+                    answers.heard.len()
+                ));
+                // What the others granted is not known: as much as they can have, up to now.
+                let terms = record.failover.and_then(|failover| failover.terms().ok());
+                granted = granted.max(terms.map_or(Duration::ZERO, LeaseTerms::guard));
+                match answers.newest() {
+                    Some(choice) => (choice, Otherwise::Fail),
+                    None => return Judged::Fail(PromoteError::Nothing { vm, state }),
+                }
+            }
             Verdict::TooFew => {
                 return Judged::Fail(PromoteError::TooFewSeals {
                     vm,
@@ -489,7 +569,61 @@ impl Plan {
             choice,
             otherwise,
             notes,
+            granted,
         }
+    }
+
+    /// What has to run out before the guest may run here: fewer than a quorum of the holders that were not sealed can
+    /// have granted time, so that of the others' is all there is beside the lease in the registry.
+    fn wait(&mut self, granted: Duration, record: &VmRecord) -> Option<PlanAction> {
+        let time = granted.max(self.leased);
+        self.waiting = !time.is_zero();
+        self.waiting.then_some(PlanAction::Wait {
+            time,
+            process: record.failover.and_then(|failover| failover.process),
+        })
+    }
+
+    fn waited(&mut self, state: State, time: Duration) -> Vec<PlanAction> {
+        if std::mem::take(&mut self.waiting) {
+            let ms = time.as_millis();
+            self.notes.push(format!(
+                "waited {ms} ms until the owner before had to stand still"
+            ));
+        }
+        match state {
+            State::Waiting {
+                record,
+                tip,
+                repair_from,
+            } => self.start(record, tip, repair_from),
+            state => {
+                self.state = state;
+                Vec::new()
+            }
+        }
+    }
+
+    fn start(
+        &mut self,
+        record: Box<VmRecord>,
+        tip: Box<SegmentBrief>,
+        repair_from: Option<Vec<String>>,
+    ) -> Vec<PlanAction> {
+        if self.waiting {
+            self.state = State::Waiting {
+                record,
+                tip,
+                repair_from,
+            };
+            return Vec::new();
+        }
+        self.state = State::Starting {
+            record: record.clone(),
+            tip: tip.clone(),
+            repair_from,
+        };
+        vec![PlanAction::Start { record, tip: *tip }]
     }
 
     fn fetch(&mut self, record: Box<VmRecord>, choice: Choice, otherwise: Otherwise) -> Vec<PlanAction> {
@@ -559,12 +693,7 @@ impl Plan {
                 },
             ) => return self.fail(*error),
         };
-        self.state = State::Starting {
-            record: record.clone(),
-            tip: tip.clone(),
-            repair_from,
-        };
-        vec![PlanAction::Start { record, tip: *tip }]
+        self.start(record, tip, repair_from)
     }
 
     fn start_failed(&mut self, record: &VmRecord, tip: SegmentBrief, why: String) -> Vec<PlanAction> {

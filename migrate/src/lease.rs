@@ -20,7 +20,9 @@
 //! What it never does: no clock, no socket. Times are durations since any fixed instant of a clock that goes on while
 //! the host is suspended (`CLOCK_BOOTTIME`); the times of different hosts are never compared.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
 
 use segment::Generation;
@@ -96,6 +98,46 @@ impl LeaseTerms {
     }
 }
 
+impl fmt::Display for LeaseTerms {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (ttl, renew) = (self.ttl.as_millis(), self.renew_every.as_millis());
+        write!(f, "ttl={ttl}ms,renew={renew}ms")
+    }
+}
+
+impl FromStr for LeaseTerms {
+    type Err = String;
+
+    /// A profile, `default` or `fast`, or `ttl=2500ms,renew=400ms`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let terms = match text {
+            "default" => Self::DEFAULT,
+            "fast" => Self::FAST,
+            own => {
+                let of = |name: &str| {
+                    own.split(',').find_map(|part| {
+                        let millis = part
+                            .trim()
+                            .strip_prefix(name)?
+                            .strip_prefix('=')?
+                            .strip_suffix("ms")?;
+                        millis.parse().ok().map(Duration::from_millis)
+                    })
+                };
+                match (of("ttl"), of("renew"), own.split(',').count()) {
+                    (Some(ttl), Some(renew_every), 2) => Self { ttl, renew_every },
+                    _ => {
+                        return Err(format!(
+                            "{text:?} is no profile of detection: use default, fast, or ttl=2500ms,renew=400ms"
+                        ));
+                    }
+                }
+            }
+        };
+        terms.check().map_err(|e| e.to_string())
+    }
+}
+
 impl Default for LeaseTerms {
     fn default() -> Self {
         Self::DEFAULT
@@ -154,27 +196,51 @@ pub enum Verdict {
     MustStop(Lapse),
 }
 
+/// A set of holders, and how many of them make a quorum.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Electors {
+    /// Their addresses.
+    pub holders: Vec<String>,
+    /// How many of them have to grant time.
+    pub quorum: usize,
+}
+
+impl Electors {
+    /// The holders of a record, and its ack quorum.
+    #[must_use]
+    pub fn new(holders: &[String], ack_quorum: u32) -> Self {
+        Self {
+            holders: holders.to_vec(),
+            // A quorum of none would let an owner run without anyone.
+            quorum: ack_quorum.max(1) as usize,
+        }
+    }
+}
+
 /// The owner's own account of its lease.
+///
+/// While the holder set changes there are two sets of electors, and it takes a quorum of each: whichever of the two a
+/// candidate reads in the registry, the holders it seals have granted all that the owner counts on.
 #[derive(Debug, Clone)]
 pub struct OwnerLease {
     terms: LeaseTerms,
-    quorum: usize,
+    electors: Vec<Electors>,
     /// When the last renewal that was answered was sent.
     registry: Option<Duration>,
-    holders: Vec<Option<Duration>>,
+    /// When the last question was sent that the holder answered.
+    holders: BTreeMap<String, Duration>,
     fenced: Option<(String, Generation)>,
 }
 
 impl OwnerLease {
     /// An owner that nobody has let run yet.
     #[must_use]
-    pub fn new(terms: LeaseTerms, holders: usize, ack_quorum: usize) -> Self {
+    pub fn new(terms: LeaseTerms, electors: Electors) -> Self {
         Self {
             terms,
-            // A quorum of none would let it run without anyone.
-            quorum: ack_quorum.max(1),
+            electors: vec![electors],
             registry: None,
-            holders: vec![None; holders],
+            holders: BTreeMap::new(),
             fenced: None,
         }
     }
@@ -185,15 +251,27 @@ impl OwnerLease {
         self.terms
     }
 
+    /// From now on it takes a quorum of each of these sets. What was granted before counts by the new rule too.
+    pub fn elect(&mut self, electors: Vec<Electors>) {
+        self.holders
+            .retain(|holder, _| electors.iter().any(|of| of.holders.contains(holder)));
+        self.electors = electors;
+    }
+
     /// The registry answered the renewal that was sent then.
     pub fn renewed(&mut self, sent: Duration) {
         self.registry = self.registry.max(Some(sent));
     }
 
-    /// The holder with this number answered the renewal that was sent then.
-    pub fn granted(&mut self, holder: usize, sent: Duration) {
-        if let Some(slot) = self.holders.get_mut(holder) {
-            *slot = (*slot).max(Some(sent));
+    /// The holder answered the renewal that was sent then.
+    pub fn granted(&mut self, holder: &str, sent: Duration) {
+        if self
+            .electors
+            .iter()
+            .any(|of| of.holders.iter().any(|h| h == holder))
+        {
+            let last = self.holders.entry(holder.to_owned()).or_default();
+            *last = (*last).max(sent);
         }
     }
 
@@ -202,12 +280,25 @@ impl OwnerLease {
         self.fenced.get_or_insert_with(|| (by.to_owned(), current));
     }
 
+    /// When the questions were sent that the holders of a set answered.
+    fn of<'a>(&'a self, electors: &'a Electors) -> impl Iterator<Item = Duration> + 'a {
+        electors
+            .holders
+            .iter()
+            .filter_map(|h| self.holders.get(h))
+            .copied()
+    }
+
     /// The end of the lease, as far as was answered.
     fn until(&self) -> Option<Duration> {
-        let mut sent: Vec<Duration> = self.holders.iter().flatten().copied().collect();
-        sent.sort_unstable_by(|a, b| b.cmp(a));
         // As long as the oldest of the quorum's newest grants holds.
-        let granted = sent.get(self.quorum - 1).copied();
+        let granted = |electors: &Electors| {
+            let mut sent: Vec<Duration> = self.of(electors).collect();
+            sent.sort_unstable_by(|a, b| b.cmp(a));
+            sent.get(electors.quorum.max(1) - 1).copied()
+        };
+        // `None` is the least: a set without a quorum grants nothing, and no sets do not either.
+        let granted = self.electors.iter().map(granted).min().flatten();
         self.registry.max(granted).map(|sent| sent + self.terms.ttl)
     }
 
@@ -224,11 +315,16 @@ impl OwnerLease {
             None => Verdict::MustStop(Lapse::Never),
             Some(until) if now < until => Verdict::MayRun { until },
             Some(until) => {
-                let holds = |sent: &&Duration| now < **sent + self.terms.ttl;
+                // Of the set that lacks most, as it is what keeps the guest.
+                let grants = |of: &Electors| self.of(of).filter(|sent| now < *sent + self.terms.ttl).count();
+                let worst = self.electors.iter().map(|of| (grants(of), of.quorum));
+                let (grants, quorum) = worst
+                    .max_by_key(|(grants, quorum)| quorum.saturating_sub(*grants))
+                    .unwrap_or_default();
                 Verdict::MustStop(Lapse::Expired {
                     ago: now - until,
-                    grants: self.holders.iter().flatten().filter(holds).count(),
-                    quorum: self.quorum,
+                    grants,
+                    quorum,
                 })
             }
         }
@@ -276,39 +372,6 @@ impl Grant {
     }
 }
 
-/// Watches the owner's lease in the registry from outside, by the watcher's own clock: a lease is a number that its
-/// owner raises, and it holds for the watcher as long as the number was seen to change.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct LeaseWatch {
-    seen: Option<(Generation, u64)>,
-    changed: Duration,
-}
-
-impl LeaseWatch {
-    /// The registry says that this generation was renewed so many times. An answer from the past changes nothing.
-    pub fn observe(&mut self, generation: Generation, renewals: u64, now: Duration) {
-        if self.seen < Some((generation, renewals)) {
-            self.seen = Some((generation, renewals));
-            self.changed = now;
-        }
-    }
-
-    /// How long the lease may still hold: all of it as long as nothing was seen.
-    #[must_use]
-    pub fn remaining(&self, terms: LeaseTerms, now: Duration) -> Duration {
-        match self.seen {
-            None => terms.guard(),
-            Some(_) => (self.changed + terms.guard()).saturating_sub(now),
-        }
-    }
-
-    /// How long it has not changed; `None` when it was never seen.
-    #[must_use]
-    pub fn silent_for(&self, now: Duration) -> Option<Duration> {
-        self.seen.map(|_| now.saturating_sub(self.changed))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -323,24 +386,31 @@ mod tests {
         renew_every: ms(100),
     };
 
+    fn electors(holders: usize, quorum: usize) -> Electors {
+        Electors {
+            holders: (0..holders).map(|h| h.to_string()).collect(),
+            quorum,
+        }
+    }
+
     fn may_run(lease: &OwnerLease, now: u64) -> bool {
         matches!(lease.verdict(ms(now)), Verdict::MayRun { .. })
     }
 
     #[test]
     fn the_registry_alone_or_a_quorum_alone_lets_it_run() {
-        let mut lease = OwnerLease::new(TERMS, 3, 2);
+        let mut lease = OwnerLease::new(TERMS, electors(3, 2));
         assert_eq!(lease.verdict(ms(0)), Verdict::MustStop(Lapse::Never));
         lease.renewed(ms(10));
         assert!(may_run(&lease, 1009));
         assert!(!may_run(&lease, 1010));
-        lease.granted(0, ms(900));
+        lease.granted("0", ms(900));
         assert!(!may_run(&lease, 1010), "one holder is no quorum");
-        lease.granted(2, ms(600));
+        lease.granted("2", ms(600));
         assert!(may_run(&lease, 1599), "as long as the older of the two grants");
         assert!(!may_run(&lease, 1600));
-        lease.granted(9, ms(5000));
-        lease.granted(0, ms(100));
+        lease.granted("9", ms(5000));
+        lease.granted("0", ms(100));
         assert!(
             may_run(&lease, 1599),
             "an answer to an older renewal takes nothing away"
@@ -359,9 +429,50 @@ mod tests {
     }
 
     #[test]
+    fn while_the_holders_change_it_takes_a_quorum_of_both_sets() {
+        let of = |holders: &[&str], quorum| Electors {
+            holders: holders.iter().map(|h| (*h).to_owned()).collect(),
+            quorum,
+        };
+        let (old, new) = (of(&["a", "b"], 2), of(&["a", "c"], 2));
+        let mut lease = OwnerLease::new(TERMS, old.clone());
+        lease.granted("a", ms(100));
+        lease.granted("b", ms(100));
+        lease.granted("c", ms(500));
+        assert!(
+            may_run(&lease, 1099) && !may_run(&lease, 1100),
+            "c does not count yet"
+        );
+        lease.elect(vec![old.clone(), new.clone()]);
+        assert!(
+            !may_run(&lease, 200),
+            "whoever seals a or c would not know of b's grant"
+        );
+        lease.granted("c", ms(300));
+        assert!(
+            may_run(&lease, 1099) && !may_run(&lease, 1100),
+            "the oldest of all that are needed"
+        );
+        lease.granted("a", ms(600));
+        assert!(!may_run(&lease, 1100), "b's holds no longer");
+        lease.elect(vec![new]);
+        assert!(
+            may_run(&lease, 1299) && !may_run(&lease, 1300),
+            "b's is not needed any more"
+        );
+        lease.elect(vec![old]);
+        assert!(
+            !may_run(&lease, 650),
+            "what b granted was forgotten with its vote"
+        );
+        lease.elect(Vec::new());
+        assert!(!may_run(&lease, 650));
+    }
+
+    #[test]
     fn a_fence_is_final() {
-        let mut lease = OwnerLease::new(TERMS, 1, 1);
-        lease.granted(0, ms(0));
+        let mut lease = OwnerLease::new(TERMS, electors(1, 1));
+        lease.granted("0", ms(0));
         lease.fence("birch", Generation(4));
         lease.fence("oak", Generation(5));
         lease.renewed(ms(10));
@@ -384,6 +495,18 @@ mod tests {
             }
             .check()
         };
+        assert_eq!("fast".parse(), Ok(LeaseTerms::FAST));
+        assert_eq!(TERMS.to_string().parse(), Ok(TERMS));
+        for bad in [
+            "",
+            "slow",
+            "ttl=1000ms",
+            "ttl=1000ms,renew=900ms",
+            "ttl=1s,renew=1ms",
+            "ttl=1000ms,renew=100ms,x",
+        ] {
+            assert!(bad.parse::<LeaseTerms>().is_err(), "{bad:?} was taken");
+        }
         assert!(matches!(of(10, 1), Err(TermsError::Ttl { .. })));
         assert!(matches!(of(61_000, 1), Err(TermsError::Ttl { .. })));
         assert!(matches!(of(1000, 0), Err(TermsError::Pace { .. })));
@@ -391,20 +514,6 @@ mod tests {
         // Two seconds after which renewals go on are no reason: the renewal in flight when they began still holds.
         let LeaseTerms { ttl, renew_every } = LeaseTerms::DEFAULT;
         assert!(ttl >= Duration::from_secs(2) + renew_every);
-    }
-
-    #[test]
-    fn an_answer_from_the_past_does_not_prolong_a_lease() {
-        let mut watch = LeaseWatch::default();
-        assert_eq!(watch.remaining(TERMS, ms(7)), TERMS.guard());
-        assert_eq!(watch.silent_for(ms(7)), None);
-        watch.observe(Generation(2), 10, ms(100));
-        watch.observe(Generation(2), 9, ms(500));
-        watch.observe(Generation(1), 99, ms(600));
-        assert_eq!(watch.silent_for(ms(700)), Some(ms(600)));
-        watch.observe(Generation(2), 11, ms(800));
-        assert_eq!(watch.remaining(TERMS, ms(800)), TERMS.guard());
-        assert_eq!(watch.remaining(TERMS, ms(5000)), ms(0));
     }
 
     #[test]
@@ -443,7 +552,7 @@ mod tests {
             // The candidate seals any set of that size, at its own pace after the raise.
             let sealed: Vec<(usize, u64)> =
                 (0..seals).map(|k| ((k + skip) % holders, raised + sealed_at[k])).collect();
-            let mut owner = OwnerLease::new(TERMS, holders, quorum);
+            let mut owner = OwnerLease::new(TERMS, electors(holders, quorum));
             let mut grants = vec![Grant::default(); holders];
             let mut registry = Grant::default();
             let mut ordered = renewals;
@@ -464,7 +573,7 @@ mod tests {
                 if answered {
                     match to {
                         None => owner.renewed(ms(sent)),
-                        Some(h) => owner.granted(h, ms(sent)),
+                        Some(h) => owner.granted(&h.to_string(), ms(sent)),
                     }
                 }
             }

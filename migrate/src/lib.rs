@@ -14,12 +14,14 @@
 pub mod agent;
 pub mod ca;
 pub mod checkpoint;
+pub mod clock;
 pub mod crashsafe;
 pub mod detect;
 pub mod failover;
 pub mod lease;
 pub mod load;
 pub mod placement;
+pub mod process;
 pub mod protect;
 pub mod protocol;
 pub mod registry;

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test stops where something fails")]
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use migrate::failover::{
     Holding, Left, Plan, PlanAction, PlanEvent, PlanOptions, PromoteError, Running, SealFailure, seals_needed,
@@ -58,6 +59,7 @@ impl Holder {
             had: self.had.max(self.has.last().copied()).map(name),
             dangling: None,
             forgot: self.wiped.then(|| "emptied".to_owned()),
+            granted: Duration::ZERO,
         }
     }
 }
@@ -145,6 +147,7 @@ impl World {
             leased: None,
             swap: None,
             alive: None,
+            failover: None,
         }
     }
 
@@ -287,6 +290,7 @@ impl World {
                 });
                 PlanEvent::Started(Ok(Running { pid: 1, socket: None }))
             }
+            PlanAction::Wait { time, .. } => PlanEvent::Waited { time },
             PlanAction::Ask { holder, thorough } => {
                 assert!(!thorough, "no loss was accepted");
                 let h = &self.holders[holder.parse::<usize>().unwrap()];
@@ -604,6 +608,66 @@ fn what_cannot_succeed_leaves_the_old_owner_alone() {
 }
 
 #[test]
+fn only_by_force_it_goes_on_without_enough_holders_and_waits_as_long_as_they_can_have_granted() {
+    let run = |force: bool, failover| {
+        let options = PlanOptions {
+            force,
+            ..PlanOptions::default()
+        };
+        let mut plan = Plan::new(vm(), options);
+        let record = VmRecord {
+            failover,
+            ..World::new(3, 2).record()
+        };
+        plan.step(PlanEvent::Begin);
+        plan.step(PlanEvent::Record(Ok(record.clone())));
+        let unheard = |holder: &str| PlanEvent::Asked {
+            holder: holder.into(),
+            result: Err("connection refused".into()),
+        };
+        plan.step(unheard("0"));
+        plan.step(unheard("1"));
+        let raise = plan.step(asked("2", Some((1, 5))));
+        if !force {
+            return finish(raise).map(|_| (plan, Vec::new()));
+        }
+        assert!(matches!(raise[..], [PlanAction::Raise { .. }]), "{raise:?}");
+        plan.step(PlanEvent::Raised(Ok(VmRecord {
+            generation: Generation(2),
+            ..record
+        })));
+        plan.step(down("0"));
+        plan.step(down("1"));
+        let actions = plan.step(sealed("2", Some((1, 5))));
+        Ok((plan, actions))
+    };
+    assert!(matches!(run(false, None), Err(PromoteError::TooFewSeals { .. })));
+    let (mut plan, actions) = run(true, None).unwrap();
+    assert!(
+        matches!(&actions[..], [PlanAction::Fetch { tip, .. }] if at(tip) == (1, 5)),
+        "{actions:?}"
+    );
+    plan.step(PlanEvent::Fetched(Ok(Vec::new())));
+    let ended = plan.step(PlanEvent::Started(Ok(Running { pid: 3, socket: None })));
+    let [PlanAction::Finish(outcome)] = &ended[..] else {
+        panic!("{ended:?}");
+    };
+    let notes = outcome.as_ref().as_ref().unwrap().notes.join("; ");
+    assert!(
+        notes.contains("forced") && notes.contains("runs twice"),
+        "{notes}"
+    );
+    let failover = migrate::registry::Failover {
+        ttl_ms: 2500,
+        renew_every_ms: 400,
+        process: None,
+        stop_on_lapse: None,
+    };
+    let (_, actions) = run(true, Some(failover)).unwrap();
+    assert!(wait_of(&actions) >= Some(2525), "{actions:?}");
+}
+
+#[test]
 fn a_late_answer_to_a_question_is_no_seal() {
     let (mut plan, _) = sealing(3, 2);
     assert_eq!(plan.step(sealed("0", Some((1, 9)))), []);
@@ -709,7 +773,7 @@ fn parts_at_several_holders_are_put_together_before_anything_is_given_up() {
             vm(),
             PlanOptions {
                 accept_loss,
-                dry_run: false,
+                ..PlanOptions::default()
             },
         );
         plan.step(PlanEvent::Begin);
@@ -747,4 +811,113 @@ fn a_start_that_failed_for_a_damaged_copy_is_tried_once_more() {
     assert!(matches!(&again[..], [PlanAction::Start { .. }]), "{again:?}");
     let error = finish(plan.step(failed())).unwrap_err();
     assert!(matches!(error, PromoteError::Start { .. }), "{error}");
+}
+
+/// A plan that has raised from `before` to `raised`, and whose two holders had granted so much; what it does then.
+fn raised(before: VmRecord, raised: VmRecord, granted: [u64; 2]) -> (Plan, Vec<PlanAction>) {
+    let mut plan = Plan::new(vm(), PlanOptions::default());
+    plan.step(PlanEvent::Begin);
+    plan.step(PlanEvent::Record(Ok(before)));
+    for holder in ["0", "1"] {
+        plan.step(asked(holder, Some((1, 1))));
+    }
+    plan.step(PlanEvent::Raised(Ok(raised)));
+    let mut actions = Vec::new();
+    for (holder, ms) in ["0", "1"].into_iter().zip(granted) {
+        let holding = Holding {
+            granted: Duration::from_millis(ms),
+            ..has(Some((1, 1)))
+        };
+        actions.extend(plan.step(sealed_as(holder, holding)));
+    }
+    (plan, actions)
+}
+
+fn wait_of(actions: &[PlanAction]) -> Option<u64> {
+    actions.iter().find_map(|action| match action {
+        PlanAction::Wait { time, .. } => Some(time.as_millis() as u64),
+        _ => None,
+    })
+}
+
+#[test]
+fn the_guest_starts_only_after_the_time_of_the_owner_before() {
+    let world = World::new(2, 1);
+    let plain = world.record();
+    let failover = Some(migrate::registry::Failover {
+        ttl_ms: 2500,
+        renew_every_ms: 400,
+        process: None,
+        stop_on_lapse: None,
+    });
+    let before = VmRecord {
+        failover,
+        leased: Some(1),
+        ..plain.clone()
+    };
+    let after = |revision| VmRecord {
+        generation: Generation(2),
+        revision,
+        leased: None,
+        state: VmState::Stopped,
+        ..before.clone()
+    };
+    let alive = migrate::registry::LiveLease {
+        lease: 9,
+        ttl_ms: 2525,
+    };
+
+    // Its lease had run out in the registry, and nobody granted anything: nothing to wait for.
+    assert_eq!(wait_of(&raised(before.clone(), after(2), [0, 0]).1), None);
+    // It took another one between the look and the raise.
+    assert_eq!(wait_of(&raised(before.clone(), after(3), [0, 0]).1), Some(2525));
+    let held = VmRecord {
+        alive: Some(alive),
+        ..before.clone()
+    };
+    assert_eq!(wait_of(&raised(held.clone(), after(2), [0, 0]).1), Some(2525));
+    // Raised before by one that went no further: of the owner before it nothing is known.
+    let stuck = VmRecord {
+        leased: None,
+        state: VmState::Stopped,
+        ..before.clone()
+    };
+    assert_eq!(wait_of(&raised(stuck, after(2), [0, 0]).1), Some(2525));
+    // An owner without a lease runs until it is fenced, whatever is waited.
+    assert_eq!(
+        wait_of(
+            &raised(
+                plain,
+                VmRecord {
+                    failover: None,
+                    ..after(2)
+                },
+                [0, 0]
+            )
+            .1
+        ),
+        None
+    );
+
+    let (mut plan, actions) = raised(before.clone(), after(2), [30, 1700]);
+    assert_eq!(wait_of(&actions), Some(1700));
+    assert_eq!(
+        plan.step(PlanEvent::Fetched(Ok(Vec::new()))),
+        [],
+        "it is not over"
+    );
+    let start = plan.step(PlanEvent::Waited {
+        time: Duration::from_millis(1700),
+    });
+    assert!(matches!(start[..], [PlanAction::Start { .. }]), "{start:?}");
+
+    let (mut plan, _) = raised(held, after(2), [0, 0]);
+    assert_eq!(
+        plan.step(PlanEvent::Waited {
+            time: Duration::from_millis(2525)
+        }),
+        []
+    );
+    let start = plan.step(PlanEvent::Fetched(Ok(Vec::new())));
+    assert!(matches!(start[..], [PlanAction::Start { .. }]), "{start:?}");
 }

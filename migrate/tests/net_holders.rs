@@ -7,11 +7,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use migrate::agent::{Agent, AgentConfig};
+use migrate::clock::boottime;
+use migrate::lease::{Electors, LeaseTerms};
 use migrate::placement::Policy;
 use migrate::registry::{HolderSwap, LeaseState, NewVm, Registry, RegistryAddr, VmRecord};
-use migrate::shipper::{ShipEvent, keeper_clock};
+use migrate::shipper::ShipEvent;
 use migrate::transport::Client;
-use migrate::wire::{Call, CopyCall, Reply};
+use migrate::wire::{Call, CopyCall, Reply, SealCall};
 use net_common::*;
 use segment::{Generation, SegmentName};
 use tokio::time::Instant;
@@ -106,6 +108,98 @@ async fn a_holder_takes_the_place_of_a_dead_one() {
     a.stop().await;
 }
 
+/// The owner of a guest that runs by the grants of the old set alone must not have the new one in the registry.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_owner_under_a_lease_counts_by_both_sets_before_the_registry_has_the_new_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let a = first_agent(dir.path()).await;
+    let b = agent_with(dir.path(), "b", &a).await;
+    let registry = Registry::remote(a.address(), &tester());
+    let generation = create(&registry, "web", &[a.address()], 1).await;
+    let of_owner = Registry::remote(a.address(), &tester());
+    let (adopted, by) = tokio::sync::watch::channel(0);
+    let terms = LeaseTerms {
+        ttl: TTL,
+        renew_every: TTL / 6,
+    };
+    let mut owner = Owner::tuned(
+        dir.path(),
+        "web",
+        generation,
+        &[a.address()],
+        1,
+        Some(of_owner),
+        |config| {
+            config.sender.lease = Some(terms);
+            config.adopted = Some(by);
+        },
+    );
+    let first = owner.take(8);
+    owner.wait_committed(&first).await;
+    // Both grant it time, and each answer is counted from when it was asked.
+    let (before, renewed) = (boottime(), |e: &ShipEvent| matches!(e, ShipEvent::Renewed { .. }));
+    let ShipEvent::Renewed { sent } = owner.wait_event("a renewal", renewed).await else {
+        panic!("another event");
+    };
+    assert!(sent <= boottime());
+    let granted = |e: &ShipEvent| matches!(e, ShipEvent::Granted { sent, .. } if *sent >= before);
+    owner.wait_event("a grant", granted).await;
+    let record = registry.get_vm(&vm("web")).await.unwrap();
+    registry
+        .set_swap(
+            &vm("web"),
+            generation,
+            record.revision,
+            swap(b.address(), Some(a.address())),
+        )
+        .await
+        .unwrap();
+    let both = |e: &ShipEvent| matches!(e, ShipEvent::Electors { .. });
+    let ShipEvent::Electors { version, sets } = owner.wait_event("both sets", both).await else {
+        panic!("another event");
+    };
+    let of = |address: &str| Electors::new(&[address.to_owned()], 1);
+    assert_eq!(sets, [of(a.address()), of(b.address())]);
+    // Many renewals later the registry has the old set still: the owner has not said that it counts by both.
+    for _ in 0..5 {
+        let last = boottime();
+        let newer = |e: &ShipEvent| matches!(e, ShipEvent::Renewed { sent } if *sent >= last);
+        owner.wait_event("a renewal", newer).await;
+    }
+    let record = registry.get_vm(&vm("web")).await.unwrap();
+    assert_eq!(record.holders, [a.address()]);
+    adopted.send_replace(version);
+    record_that(&registry, "the new set", |r| {
+        r.holders == [b.address()] && r.swap.is_none()
+    })
+    .await;
+    let ShipEvent::Electors { version: last, sets } = owner.wait_event("one set", both).await else {
+        panic!("another event");
+    };
+    assert_eq!((last, sets), (version + 1, vec![of(b.address())]));
+    // It stands still for good: nobody has to wait for what it was granted.
+    owner.shipper.release();
+    owner.shipper.stop().await;
+    record_that(&registry, "the lease given back", |r| {
+        r.owner_lease() == LeaseState::Gone
+    })
+    .await;
+    let mut client = Client::connect(b.address(), &tester()).await.unwrap();
+    let seal = Call::Seal(SealCall {
+        vm: vm("web"),
+        generation: generation.next(),
+    });
+    let Reply::Sealed(sealed) = client.call(seal, PATIENCE).await.unwrap() else {
+        panic!("another answer");
+    };
+    assert_eq!(
+        sealed.grant_remaining_ms, None,
+        "it was told that the guest stands still"
+    );
+    b.stop().await;
+    a.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_that_is_given_up_leaves_the_holders_as_they_were() {
     let dir = tempfile::tempdir().unwrap();
@@ -173,7 +267,7 @@ async fn an_owner_knows_until_when_its_lease_holds_and_others_see_it_go() {
         .unwrap();
     let first = (*renewal.unwrap()).unwrap();
     assert_eq!(first.ttl, TTL);
-    assert!(first.sent <= keeper_clock());
+    assert!(first.sent <= boottime());
     assert!(first.left(first.sent + TTL / 2) == TTL / 2 && first.left(first.sent + TTL).is_zero());
     let newer = lease.wait_for(|r| r.is_some_and(|r| r.sent > first.sent));
     tokio::time::timeout(PATIENCE, newer).await.unwrap().unwrap();
@@ -182,7 +276,7 @@ async fn an_owner_knows_until_when_its_lease_holds_and_others_see_it_go() {
     // The last renewal's time runs out by the registry's clock, never before the owner's own account of it.
     record_that(&registry, "gone", |r| r.owner_lease() == LeaseState::Gone).await;
     let last = (*lease.borrow()).unwrap();
-    assert!(last.left(keeper_clock()).is_zero());
+    assert!(last.left(boottime()).is_zero());
     // An owner whose generation is over is told by its renewal.
     std::fs::create_dir(dir.path().join("old")).unwrap();
     let mut old = Owner::tuned(

@@ -7,6 +7,7 @@ mod net_common;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
+use migrate::lease::LeaseTerms;
 use migrate::protocol::{
     BeginResult, CommitResult, Next, PromiseResult, Receiver, ReceiverAction, ReceiverEvent, Sender,
     SenderAction, SenderConfig, SenderEvent, SenderState,
@@ -22,6 +23,8 @@ struct Disk {
     stored: BTreeMap<SegmentName, Offer>,
     promised: Generation,
     full: bool,
+    /// When time was granted last.
+    granted: Option<Duration>,
 }
 
 impl Disk {
@@ -55,7 +58,7 @@ struct DiskWork {
 
 impl DiskWork {
     /// Does the next job.
-    fn work(&mut self, disk: &mut Disk) -> Option<ReceiverEvent<ModelProof>> {
+    fn work(&mut self, disk: &mut Disk, now: Duration) -> Option<ReceiverEvent<ModelProof>> {
         Some(match self.jobs.pop_front()? {
             ReceiverAction::Promise { generation, .. } => {
                 self.generation = generation;
@@ -68,6 +71,14 @@ impl DiskWork {
                     ReceiverEvent::Promised(PromiseResult::Promised)
                 }
             }
+            ReceiverAction::Grant { generation, seq, .. } => {
+                if generation != disk.promised {
+                    return None;
+                }
+                disk.granted = disk.granted.max(Some(now));
+                ReceiverEvent::Granted { seq }
+            }
+            ReceiverAction::Release { .. } => return None,
             ReceiverAction::Find { .. } => ReceiverEvent::Found(disk.newest()),
             ReceiverAction::Begin { transfer, offer } => {
                 let refused = |reason, why: &str| BeginResult::Refused {
@@ -148,6 +159,8 @@ struct World {
     disk: Disk,
     acked: Vec<Held>,
     fenced: Option<Generation>,
+    /// From when the newest time is counted that the holder granted.
+    granted: Option<Duration>,
     /// What was stored when a stranger's promise came; nothing may be added after.
     sealed: Option<usize>,
 }
@@ -158,6 +171,7 @@ impl World {
         config.window_segments = 4;
         config.window_bytes = 100;
         config.eager_bytes = 30;
+        config.lease = Some(LeaseTerms::DEFAULT);
         Self {
             now: Duration::ZERO,
             sender: Sender::new(config.clone()),
@@ -172,6 +186,7 @@ impl World {
             disk: Disk::default(),
             acked: Vec::new(),
             fenced: None,
+            granted: None,
             sealed: None,
         }
     }
@@ -214,6 +229,11 @@ impl World {
                         held.name
                     );
                     self.acked.push(held);
+                }
+                SenderAction::Granted { sent } => {
+                    // Counted from before the holder heard it; a holder that was sealed since grants nothing.
+                    assert!(self.disk.granted >= Some(sent), "granted what was never asked");
+                    self.granted = self.granted.max(Some(sent));
                 }
                 SenderAction::RequestFull => self.want_full = true,
                 SenderAction::Fence { current } => {
@@ -311,7 +331,7 @@ impl World {
                 if line.work.jobs.is_empty() {
                     return false;
                 }
-                if let Some(event) = line.work.work(&mut self.disk) {
+                if let Some(event) = line.work.work(&mut self.disk, self.now) {
                     self.holder(event);
                 }
                 true
@@ -328,7 +348,10 @@ impl World {
                     work: DiskWork::default(),
                     closed: false,
                 });
-                self.owner(SenderEvent::Connected { connection });
+                self.owner(SenderEvent::Connected {
+                    connection,
+                    version: 2,
+                });
                 true
             }
             4 => {

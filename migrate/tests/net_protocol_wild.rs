@@ -10,7 +10,8 @@ use migrate::protocol::{
     SenderAction, SenderConfig, SenderEvent, SenderState,
 };
 use migrate::wire::{
-    Abort, Accept, End, Fenced, Message, Offer, Open, Ping, Position, Refuse, RefuseReason, Reject,
+    Abort, Accept, End, Fenced, Granted, Message, Offer, Open, Ping, Position, Refuse, RefuseReason, Reject,
+    Released, Renew,
 };
 use net_common::model::*;
 use proptest::prelude::*;
@@ -65,11 +66,15 @@ fn wild_message() -> impl Strategy<Value = Message> {
         Just(Message::Accept(Accept {})),
         Just(Message::End(End {})),
         Just(Message::Abort(Abort {})),
+        (0u64..4).prop_map(|seq| Message::Renew(Renew { seq })),
+        (0u64..4).prop_map(|seq| Message::Granted(Granted { seq })),
+        Just(Message::Released(Released {})),
         (0usize..60).prop_map(|n| Message::Chunk(vec![0; n])),
         generation.clone().prop_map(|generation| Message::Open(Open {
             vm: vm(),
             generation,
-            owner: "o".into()
+            owner: "o".into(),
+            lease_ttl_ms: Some(2_500),
         })),
         (generation.clone(), prop::option::of(epoch.clone())).prop_map(|(generation, e)| Message::Position(
             Position {
@@ -105,9 +110,11 @@ fn wild_message() -> impl Strategy<Value = Message> {
 fn wild_event() -> impl Strategy<Value = (SenderEvent, u8)> {
     let connection = 0u64..3;
     let event = prop_oneof![
-        connection
-            .clone()
-            .prop_map(|connection| SenderEvent::Connected { connection }),
+        connection.clone().prop_map(|connection| SenderEvent::Connected {
+            connection,
+            version: 2
+        }),
+        Just(SenderEvent::Release),
         connection.clone().prop_map(|connection| SenderEvent::Lost {
             connection,
             why: "w".into(),
@@ -181,6 +188,7 @@ fn opened() -> Receiver {
         vm: vm(),
         generation: MINE,
         owner: "o".into(),
+        lease_ttl_ms: None,
     });
     frame(&mut receiver, 0, open);
     receiver.step::<ModelProof>(ReceiverEvent::Promised(PromiseResult::Promised), now);
@@ -255,7 +263,13 @@ fn an_acknowledgement_of_something_else_is_not_believed() {
     let now = Duration::ZERO;
     let mut sender = Sender::new(SenderConfig::new(vm(), MINE, "owner"));
     sender.step(SenderEvent::Tick, now);
-    sender.step(SenderEvent::Connected { connection: 1 }, now);
+    sender.step(
+        SenderEvent::Connected {
+            connection: 1,
+            version: 1,
+        },
+        now,
+    );
     let frame = |stream, message| SenderEvent::Frame {
         connection: 1,
         stream,
@@ -290,7 +304,13 @@ fn the_window_bounds_what_is_on_its_way() {
     let mut sender = Sender::new(config);
     let now = Duration::ZERO;
     sender.step(SenderEvent::Tick, now);
-    sender.step(SenderEvent::Connected { connection: 1 }, now);
+    sender.step(
+        SenderEvent::Connected {
+            connection: 1,
+            version: 1,
+        },
+        now,
+    );
     let position = Message::Position(Position {
         generation: MINE,
         newest: None,
@@ -348,7 +368,13 @@ fn a_silent_holder_is_given_up_and_tried_again_with_longer_pauses() {
     );
 
     sender.step(SenderEvent::Tick, now);
-    sender.step(SenderEvent::Connected { connection: 13 }, now);
+    sender.step(
+        SenderEvent::Connected {
+            connection: 13,
+            version: 1,
+        },
+        now,
+    );
     let mut pings = 0;
     loop {
         now = sender.deadline().unwrap();
@@ -388,4 +414,84 @@ fn an_owner_that_waits_for_a_slow_disk_is_not_taken_for_dead() {
         now = receiver.deadline().unwrap();
     }
     assert_eq!(now - heard, Duration::from_secs(6));
+}
+
+#[test]
+fn time_is_asked_for_at_its_pace_and_only_of_who_can_grant_it() {
+    let ms = Duration::from_millis;
+    let terms = migrate::lease::LeaseTerms::DEFAULT;
+    let asked = |version: u16, until: u64| {
+        let mut config = SenderConfig::new(vm(), MINE, "o");
+        config.lease = Some(terms);
+        let mut sender = Sender::new(config);
+        sender.step(SenderEvent::Tick, ms(0));
+        sender.step(
+            SenderEvent::Connected {
+                connection: 1,
+                version,
+            },
+            ms(0),
+        );
+        let position = Message::Position(Position {
+            generation: MINE,
+            newest: None,
+        });
+        let mut all = sender.step(frame_of(position), ms(10));
+        for at in (11..until).step_by(7) {
+            all.extend(sender.step(SenderEvent::Tick, ms(at)));
+        }
+        let renew = |a: &SenderAction| match a {
+            SenderAction::Send {
+                message: Message::Renew(Renew { seq }),
+                ..
+            } => Some(*seq),
+            _ => None,
+        };
+        let renews: Vec<u64> = all.iter().filter_map(renew).collect();
+        (sender, renews)
+    };
+    assert_eq!(
+        asked(1, 2000).1,
+        Vec::<u64>::new(),
+        "a holder of the version before knows nothing of it"
+    );
+    let (mut sender, renews) = asked(2, 10 + 2 * 400 + 50);
+    assert_eq!(renews, [1, 2, 3]);
+    // The answer to the first counts from when the first was sent.
+    let granted = sender.step(frame_of(Message::Granted(Granted { seq: 1 })), ms(900));
+    assert!(
+        granted.contains(&SenderAction::Granted { sent: ms(10) }),
+        "{granted:?}"
+    );
+    assert!(
+        sender
+            .step(frame_of(Message::Granted(Granted { seq: 1 })), ms(901))
+            .is_empty()
+    );
+    let released = sender.step(SenderEvent::Release, ms(902));
+    let told = |a: &SenderAction| {
+        matches!(
+            a,
+            SenderAction::Send {
+                message: Message::Released(_),
+                ..
+            }
+        )
+    };
+    assert!(released.iter().any(told), "{released:?}");
+    let late = sender.step(frame_of(Message::Granted(Granted { seq: 3 })), ms(903));
+    assert!(late.is_empty(), "what was given back is not counted: {late:?}");
+    let never = sender.step(frame_of(Message::Granted(Granted { seq: 9 })), ms(904));
+    assert!(
+        matches!(never[..], [SenderAction::Disconnect { .. }]),
+        "{never:?}"
+    );
+}
+
+fn frame_of(message: Message) -> SenderEvent {
+    SenderEvent::Frame {
+        connection: 1,
+        stream: 0,
+        message,
+    }
 }

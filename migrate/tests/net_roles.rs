@@ -94,6 +94,7 @@ async fn nobody_ships_or_changes_what_is_another_owners() {
         vm: vm.clone(),
         dry_run: true,
         accept_loss: false,
+        force: false,
     });
     for (call, role) in [
         (Call::Fetch(NameCall { name: name.clone() }), "execute or store"),
@@ -195,6 +196,7 @@ async fn a_storage_only_node_runs_nothing() {
         vm: web.clone(),
         dry_run: false,
         accept_loss: false,
+        force: false,
     };
     let seal = SealCall {
         vm: web.clone(),

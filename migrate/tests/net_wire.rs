@@ -47,6 +47,7 @@ impl Raw {
             vm: vm("web"),
             generation: Generation(generation),
             owner: "o".into(),
+            lease_ttl_ms: None,
         };
         self.send(0, Message::Open(open)).await;
         self.next().await

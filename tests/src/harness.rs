@@ -14,6 +14,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
+use crate::hosts::Host;
+
 /// How long anything may take before it counts as hung.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(10);
@@ -99,7 +101,7 @@ fn free_port() -> Result<u16> {
     Ok(listener.local_addr()?.port())
 }
 
-fn signal(pid: u32, signal: Signal) -> Result<()> {
+pub(crate) fn signal(pid: u32, signal: Signal) -> Result<()> {
     let pid = i32::try_from(pid)
         .ok()
         .and_then(Pid::from_raw)
@@ -118,6 +120,8 @@ pub struct Agent {
     pub data: PathBuf,
     child: Option<Child>,
     arguments: Vec<String>,
+    /// The host it runs on, when it has one of its own.
+    host: Option<usize>,
 }
 
 /// A VM process.
@@ -144,6 +148,7 @@ pub struct Cluster {
     /// The agents, in the order they were started.
     pub agents: Vec<Agent>,
     machines: Vec<Machine>,
+    hosts: Vec<Host>,
 }
 
 impl Cluster {
@@ -161,6 +166,7 @@ impl Cluster {
             keep,
             agents: Vec::new(),
             machines: Vec::new(),
+            hosts: Vec::new(),
         };
         if !cluster.authority().exists() {
             run(Command::new(&cluster.binaries.standby)
@@ -206,6 +212,31 @@ impl Cluster {
     /// # Errors
     /// When it does not answer.
     pub fn start_agent(&mut self, name: &str, more: &[&str]) -> Result<usize> {
+        self.start_agent_on(None, name, more)
+    }
+
+    /// Starts a host of its own and an agent on it; the number of the agent, and of the host.
+    ///
+    /// # Errors
+    /// When namespaces are not allowed, or the agent does not answer.
+    pub fn start_host(&mut self, name: &str, more: &[&str]) -> Result<(usize, usize)> {
+        if !self.certificate(name).exists() {
+            self.issue(name, "owner,execute,store")?;
+        }
+        self.hosts.push(Host::start(name, &self.folder)?);
+        let host = self.hosts.len() - 1;
+        Ok((self.start_agent_on(Some(host), name, more)?, host))
+    }
+
+    /// A host loses its power: its agent and its VMs die at once.
+    ///
+    /// # Errors
+    /// When it is dead already.
+    pub fn kill_host(&mut self, host: usize) -> Result<()> {
+        self.hosts[host].kill()
+    }
+
+    fn start_agent_on(&mut self, host: Option<usize>, name: &str, more: &[&str]) -> Result<usize> {
         let address = format!("127.0.0.1:{}", free_port()?);
         let data = self.folder.join(name);
         let registry = self
@@ -237,6 +268,7 @@ impl Cluster {
             data,
             child: None,
             arguments,
+            host,
         });
         let index = self.agents.len() - 1;
         self.restart_agent(index)?;
@@ -254,7 +286,11 @@ impl Cluster {
             .create(true)
             .append(true)
             .open(agent.data.join("agent.log"))?;
-        let child = Command::new(standby)
+        let mut command = match agent.host {
+            Some(host) => self.hosts[host].command(&standby),
+            None => Command::new(standby),
+        };
+        let child = command
             .args(&agent.arguments)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -287,14 +323,14 @@ impl Cluster {
         kill(child.ok_or_else(|| anyhow!("agent {index} is not running"))?)
     }
 
-    /// The processes of the agents that run.
+    /// The processes to be ended for the agents and hosts to be gone.
     #[must_use]
     pub fn agent_pids(&self) -> Vec<String> {
-        self.agents
-            .iter()
-            .flat_map(|a| &a.child)
-            .map(|child| child.id().to_string())
-            .collect()
+        let hosts = self.hosts.iter().filter(|h| h.parent.is_some());
+        let hosts = hosts.map(|host| host.first.to_string());
+        let alone = self.agents.iter().filter(|a| a.host.is_none());
+        let agents = alone.flat_map(|a| &a.child).map(|child| child.id().to_string());
+        agents.chain(hosts).collect()
     }
 
     /// `standby` speaking to an agent, with an operator's certificate.
@@ -329,11 +365,33 @@ impl Cluster {
     /// # Errors
     /// With what it said, when it does not.
     pub fn launch(&mut self, name: &str, guest: &str, cmdline: &str, more: &[&str]) -> Result<Machine> {
+        self.launch_on(None, name, guest, cmdline, more)
+    }
+
+    /// The same, on a host of its own.
+    ///
+    /// # Errors
+    /// As [`Cluster::launch`].
+    pub fn launch_on(
+        &mut self,
+        host: Option<usize>,
+        name: &str,
+        guest: &str,
+        cmdline: &str,
+        more: &[&str],
+    ) -> Result<Machine> {
         let run_dir = self.run_dir();
         let console = self.folder.join(format!("{name}.console"));
         let said = self.folder.join(format!("{name}.log"));
-        let mut child = self
-            .vmm("run", &run_dir)
+        let mut command = self.vmm("run", &run_dir);
+        if let Some(host) = host.map(|host| &self.hosts[host]) {
+            command = host.command(&self.binaries.vmm);
+            command
+                .args(["run", "--run-dir"])
+                .arg(&run_dir)
+                .env("UNDERSTUDY_TLS", self.certificate(&host.name));
+        }
+        let mut child = command
             .args(["--name", name, "--cmdline", cmdline])
             .arg("--kernel")
             .arg(self.guest(guest))
@@ -380,6 +438,13 @@ impl Cluster {
             pid,
             child: None,
         }
+    }
+
+    /// A VM that an agent started on a host of its own: it ends with that host.
+    #[must_use]
+    pub fn found(&self, name: &str, agent: usize) -> Machine {
+        // Its number there means another process here.
+        self.adopt(name, agent, 0)
     }
 
     /// Ends a VM when the cluster is dropped.
@@ -452,7 +517,14 @@ impl Drop for Cluster {
                 // Forgotten, not ended.
                 machine.child = None;
             }
+            for host in &mut self.hosts {
+                host.parent = None;
+            }
             return;
+        }
+        for host in &mut self.hosts {
+            // It may be dead already.
+            let _ = host.kill();
         }
         for machine in &mut self.machines {
             // It may have ended by itself.

@@ -79,6 +79,8 @@ fn the_demo_goes_as_it_says() {
     let folder = tempfile::tempdir().unwrap();
     let json = folder.path().join("figures/demo.json");
     let options = Options {
+        auto: false,
+        detect: "default".into(),
         keep: false,
         folder: Some(folder.path().join("demo")),
         json: json.clone(),

@@ -19,6 +19,7 @@ use tokio::sync::{oneshot, watch};
 
 use crate::bus::Bus;
 use crate::devices::virtio::disk::DiskCapture;
+use crate::leash::Leash;
 use crate::memory::{GuestRam, PAGE_BYTES};
 use crate::outbox::Outbox;
 use crate::vcpu::GuestEnd;
@@ -31,6 +32,11 @@ pub enum RunState {
     Paused,
     /// It runs.
     Running,
+    /// It stands still because its lease ran out: another host may take it over. It goes on when the lease is renewed.
+    Lapsed {
+        /// Who did not renew it.
+        reason: String,
+    },
     /// Another host may run this VM now; it stands still and can never go on here.
     Fenced {
         /// Who refused us, and the generation they named.
@@ -49,6 +55,7 @@ impl RunState {
         match self {
             Self::Paused => "paused",
             Self::Running => "running",
+            Self::Lapsed { .. } => "lapsed",
             Self::Fenced { .. } => "fenced",
             Self::Ended(GuestEnd::Reset | GuestEnd::PowerOff) => "ended",
             Self::Ended(GuestEnd::TripleFault | GuestEnd::Failed(_)) => "failed",
@@ -61,7 +68,7 @@ impl RunState {
     pub fn reason(&self) -> Option<String> {
         match self {
             Self::Paused | Self::Running | Self::Stopped => None,
-            Self::Fenced { reason } => Some(reason.clone()),
+            Self::Fenced { reason } | Self::Lapsed { reason } => Some(reason.clone()),
             Self::Ended(GuestEnd::Reset) => Some("the guest reset".into()),
             Self::Ended(GuestEnd::PowerOff) => Some("the guest switched itself off".into()),
             Self::Ended(GuestEnd::TripleFault) => {
@@ -125,6 +132,10 @@ enum Command {
     Pause(Reply<()>),
     Resume(Reply<()>),
     Fence(String, Reply<()>),
+    /// The lease ran out.
+    Lapse(String, Reply<()>),
+    /// The lease is renewed.
+    Renewed(Reply<()>),
     Stop(Reply<()>),
     /// Log writes from now on; true when they already were.
     StartLogging(Reply<bool>),
@@ -188,7 +199,7 @@ impl VmHandle {
     pub fn start(make: impl FnOnce(&Outbox, &Ended) -> Result<Vm, VmError>) -> Result<Self, VmError> {
         let (commands, inbox) = channel();
         let (publish, state) = watch::channel(RunState::Paused);
-        let outbox = Outbox::default();
+        let outbox = Outbox::under(Leash::default());
         let to_owner = commands.clone();
         let ended: Ended = Arc::new(move |life, id, end| {
             // An owner that is gone needs not be told.
@@ -309,6 +320,28 @@ impl VmHandle {
         self.ask_blocking(|reply| Command::Fence(reason.to_owned(), reply))
     }
 
+    /// Until when the guest may run and be heard.
+    #[must_use]
+    pub fn leash(&self) -> Leash {
+        self.outbox.leash()
+    }
+
+    /// Stops the guest, if it runs, until [`VmHandle::renewed`]. Blocks until it stands still.
+    ///
+    /// # Errors
+    /// [`ControlError`] when it could not be stopped; it has no lease then all the same.
+    pub fn lapse(&self, reason: &str) -> Result<(), ControlError> {
+        self.ask_blocking(|reply| Command::Lapse(reason.to_owned(), reply))
+    }
+
+    /// Lets the guest go on that was stopped because its lease ran out. One that was paused since stays so.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn renewed(&self) -> Result<(), ControlError> {
+        self.ask_blocking(Command::Renewed)
+    }
+
     /// Logs writes from now on, so that a delta on the state as it is now can be taken.
     ///
     /// # Errors
@@ -348,6 +381,8 @@ impl Owner {
                 Command::Pause(reply) => answer(reply, self.pause()),
                 Command::Resume(reply) => answer(reply, self.resume()),
                 Command::Fence(reason, reply) => answer(reply, self.fence(reason)),
+                Command::Lapse(reason, reply) => answer(reply, self.lapse(reason)),
+                Command::Renewed(reply) => answer(reply, self.renewed()),
                 Command::Stop(reply) => {
                     self.vm = None;
                     self.become_state(RunState::Stopped);
@@ -398,13 +433,26 @@ impl Owner {
             // Dropped at once: stopped it stays.
             let _ = pause_or_go_on(vm)?;
             self.become_state(RunState::Paused);
+        } else if matches!(*self.publish.borrow(), RunState::Lapsed { .. }) {
+            // Now by someone's wish: a renewal does not let it go on.
+            self.become_state(RunState::Paused);
         }
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), ControlError> {
-        if matches!(*self.publish.borrow(), RunState::Fenced { .. }) {
+        if matches!(
+            *self.publish.borrow(),
+            RunState::Fenced { .. } | RunState::Lapsed { .. }
+        ) {
             return self.refuse("resume");
+        }
+        if !self.outbox.leash().allows() {
+            return Err(ControlError::State {
+                command: "resume",
+                state: self.publish.borrow().word(),
+                reason: Some("it has no lease: neither the registry nor enough holders answer".into()),
+            });
         }
         let vm = self.live("resume")?;
         if !vm.running() {
@@ -420,6 +468,25 @@ impl Owner {
         // Said even if a vCPU is stuck: it must never be resumed.
         self.become_state(RunState::Fenced { reason });
         Ok(stopped?)
+    }
+
+    fn lapse(&mut self, reason: String) -> Result<(), ControlError> {
+        if *self.publish.borrow() != RunState::Running {
+            return Ok(());
+        }
+        let stopped = self.live("hold")?.pause().map(drop);
+        // Said even if a vCPU is stuck: it does not enter the guest without a lease.
+        self.become_state(RunState::Lapsed { reason });
+        Ok(stopped?)
+    }
+
+    fn renewed(&mut self) -> Result<(), ControlError> {
+        if matches!(*self.publish.borrow(), RunState::Lapsed { .. }) {
+            self.live("resume")?.pause()?.resume()?;
+            self.become_state(RunState::Running);
+        }
+        self.outbox.wake();
+        Ok(())
     }
 
     fn start_logging(&mut self) -> Result<bool, ControlError> {

@@ -15,6 +15,7 @@ pub mod dirty;
 #[allow(unsafe_code)]
 pub mod kvm;
 pub mod layout;
+pub mod leash;
 #[allow(unsafe_code)]
 pub mod memory;
 pub mod outbox;

@@ -6,12 +6,14 @@
 //!
 //! The guest is never made to wait for a reader: one that falls more than the ring behind loses the oldest output
 //! and is told how much. Because everything passes here, output can later be held until the checkpoint that
-//! produced it is committed.
+//! produced it is committed; and it is held as long as the VM has no lease: then another host may have taken it over.
 
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use crate::leash::Leash;
 
 /// How much console output is kept for readers.
 pub const RING_BYTES: usize = 256 << 10;
@@ -22,6 +24,7 @@ struct Ring {
     /// The position (bytes since the VM was made here) of the first byte in the ring.
     start: u64,
     closed: bool,
+    leash: Leash,
 }
 
 /// A VM's outbox. Cloning gives another handle to the same one; the lock is held for the time of a copy.
@@ -42,6 +45,27 @@ pub struct Output {
 }
 
 impl Outbox {
+    /// An empty one of a VM that is heard only as long as this lets it.
+    #[must_use]
+    pub fn under(leash: Leash) -> Self {
+        let ring = Ring {
+            leash,
+            ..Ring::default()
+        };
+        Self(Arc::new((Mutex::new(ring), Condvar::new())))
+    }
+
+    /// As long as what the VM is heard.
+    #[must_use]
+    pub fn leash(&self) -> Leash {
+        self.lock().leash.clone()
+    }
+
+    /// Looks again whether the VM may be heard.
+    pub fn wake(&self) {
+        self.0.1.notify_all();
+    }
+
     fn lock(&self) -> MutexGuard<'_, Ring> {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -73,9 +97,18 @@ impl Outbox {
             .0
             .1
             .wait_timeout_while(ring, wait, |ring| {
-                !ring.closed && position >= ring.start + ring.bytes.len() as u64
+                !ring.closed && (position >= ring.start + ring.bytes.len() as u64 || !ring.leash.allows())
             })
             .unwrap_or_else(PoisonError::into_inner);
+        if !ring.leash.allows() {
+            // Kept until it may be heard again, which may be never.
+            return Output {
+                bytes: Vec::new(),
+                lost: 0,
+                next: position,
+                closed: ring.closed,
+            };
+        }
         let end = ring.start + ring.bytes.len() as u64;
         let from = position.clamp(ring.start, end);
         let skip = (from - ring.start) as usize;
@@ -119,6 +152,25 @@ impl io::Write for ConsoleWriter {
 mod tests {
     use super::*;
     use std::io::Write;
+
+    #[test]
+    fn without_a_lease_nothing_leaves_and_nothing_is_lost() {
+        let leash = Leash::default();
+        let outbox = Outbox::under(leash.clone());
+        outbox.writer().write_all(b"before").unwrap();
+        leash.hold();
+        let held = outbox.read(0, Duration::ZERO);
+        assert_eq!((held.bytes.len(), held.lost, held.next), (0, 0, 0));
+        leash.free();
+        assert_eq!(outbox.read(held.next, Duration::ZERO).bytes, b"before");
+        leash.cut();
+        outbox.close();
+        let last = outbox.read(0, Duration::from_secs(60));
+        assert!(
+            last.closed && last.bytes.is_empty(),
+            "another host may be heard now"
+        );
+    }
 
     #[test]
     fn a_slow_reader_is_told_what_it_lost() {

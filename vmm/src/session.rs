@@ -18,7 +18,7 @@ use migrate::spool::{Position, Spool};
 use migrate::store::{Durability, FsStore, StoreError, StoreLock};
 use migrate::transport::IdentityArgs;
 use segment::{Generation, SegmentName, VmId};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::boot::BootSource;
 use crate::clock::ClockPolicy;
@@ -32,19 +32,24 @@ use crate::state;
 use crate::vm::{MachineConfig, Vm};
 use checkpoints::{Checkpoints, Progress};
 use follower::Follower;
+use lease::LeaseKeeper;
 use ownership::Ownership;
 
 mod checkpoints;
 mod disks;
 mod error;
 mod follower;
+mod lease;
 mod ownership;
 mod report;
 mod sole;
 
 pub use disks::{BindError, Bindings};
 pub use error::{SessionError, chain};
-pub use report::{CheckpointReport, HolderReport, Protection, ProtectionStatus, SessionStatus, StopReport};
+pub use report::{
+    CheckpointReport, FailoverMode, HolderReport, OnLapse, Protection, ProtectionStatus, SessionStatus,
+    StopReport,
+};
 
 /// What a session is made with.
 #[derive(Debug, Clone)]
@@ -100,6 +105,8 @@ pub struct Session {
     progress: Arc<Mutex<Progress>>,
     /// Protection is turned on and off by requests that may overlap, and stopped at the end.
     guard: tokio::sync::Mutex<Option<Guard>>,
+    /// Who acts on what the shipper reports; held for a moment.
+    follower: Mutex<Option<tokio::task::JoinHandle<()>>>,
     /// What `status` shows of the guard, without waiting for a change under way; held for a copy.
     shown: Mutex<Option<(Protection, usize)>>,
 }
@@ -112,6 +119,11 @@ struct Guard {
     /// Protection is on.
     shipping: bool,
 }
+
+/// How long a guest that is about to run waits for its first lease.
+const FIRST_LEASE: Duration = Duration::from_secs(10);
+/// How often it looks meanwhile.
+const LEASE_LOOK: Duration = Duration::from_millis(2);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -158,7 +170,8 @@ impl Session {
         let source = source.clone();
         let vm = blocking(move || {
             VmHandle::start(|outbox, ended| {
-                let attach = |ram: &Arc<GuestRam>| devices.attach(ram, None).map_err(Into::into);
+                let leash = outbox.leash();
+                let attach = |ram: &Arc<GuestRam>| devices.attach(ram, &leash, None).map_err(Into::into);
                 Vm::boot(machine, &source, &attach, outbox, ended)
             })
         })
@@ -227,8 +240,12 @@ impl Session {
                         .map(drop)
                         .map_err(Into::into)
                 };
-                let attach =
-                    |ram: &Arc<GuestRam>| devices.attach(ram, Some(&saved.virtio)).map_err(Into::into);
+                let leash = outbox.leash();
+                let attach = |ram: &Arc<GuestRam>| {
+                    devices
+                        .attach(ram, &leash, Some(&saved.virtio))
+                        .map_err(Into::into)
+                };
                 Vm::restore(&saved, clock, load, &attach, outbox, ended)
             })
         })
@@ -322,10 +339,15 @@ impl Session {
             checkpoints,
             progress,
             guard: tokio::sync::Mutex::new(None),
+            follower: Mutex::new(None),
             shown: Mutex::new(None),
         };
         if let Some(ownership) = ownership {
-            session.begin_shipping(&ownership);
+            if ownership.lease.is_some() {
+                // It does not run yet, and will not before time is granted.
+                session.vm.leash().hold();
+            }
+            session.begin_shipping(&ownership)?;
             *session.guard.try_lock().map_err(|_| SessionError::Stopping)? = Some(Guard {
                 ownership,
                 shipping: true,
@@ -335,10 +357,23 @@ impl Session {
     }
 
     /// Starts to ship, and to take checkpoints at the protection's pace.
-    fn begin_shipping(&self, ownership: &Ownership) {
+    fn begin_shipping(&self, ownership: &Ownership) -> Result<(), SessionError> {
         let (events, inbox) = mpsc::unbounded_channel();
         let quorum = ownership.ack_quorum;
-        let config = ShipperConfig::new(
+        let (adopted, by) = watch::channel(0);
+        let lease = ownership.lease.map(|terms| {
+            let name = self.config.name.clone();
+            LeaseKeeper::start(
+                name,
+                self.vm.clone(),
+                terms,
+                ownership.electors(),
+                adopted,
+                ownership.on_lapse(),
+            )
+        });
+        let lease = lease.transpose()?;
+        let mut config = ShipperConfig::new(
             self.config.name.clone(),
             self.generation,
             &ownership.identity,
@@ -346,6 +381,8 @@ impl Session {
             quorum,
             Some(ownership.registry.clone()),
         );
+        config.sender.lease = ownership.lease;
+        config.adopted = Some(by);
         let shipper = Shipper::start(
             &tokio::runtime::Handle::current(),
             config,
@@ -358,12 +395,14 @@ impl Session {
             generation: self.generation,
             orders: self.checkpoints.orders(),
             progress: Arc::clone(&self.progress),
+            lease,
         };
-        tokio::spawn(follower.follow(inbox));
+        *lock(&self.follower) = Some(tokio::spawn(follower.follow(inbox)));
         self.checkpoints.ship(Some(shipper));
         self.checkpoints
             .every(Some(Duration::from_millis(ownership.protection.every_ms)));
         *lock(&self.shown) = Some((ownership.protection.clone(), quorum));
+        Ok(())
     }
 
     /// The machine: its state to watch, its outbox, its input.
@@ -407,9 +446,21 @@ impl Session {
                     .ownership
                     .announce(self.generation, VmState::Running)
                     .await?;
+                if guard.shipping && guard.ownership.lease.is_some() {
+                    self.first_lease().await;
+                }
             }
         }
         Ok(self.vm.resume().await?)
+    }
+
+    /// Waits until the guest has a lease; the resume tells when it has none.
+    async fn first_lease(&self) {
+        let leash = self.vm.leash();
+        let until = Instant::now() + FIRST_LEASE;
+        while !leash.allows() && Instant::now() < until {
+            tokio::time::sleep(LEASE_LOOK).await;
+        }
     }
 
     /// Takes a checkpoint now, into the local store (and on to the holders, if there are any).
@@ -449,7 +500,13 @@ impl Session {
         let mut guard = self.guard.lock().await;
         match (guard.as_mut(), protection) {
             (None, None) => {}
-            (Some(on), None) => self.stop_shipping(on).await,
+            (Some(on), None) => {
+                // First: without holders nobody may think that the owner runs under a lease.
+                if on.shipping {
+                    on.ownership.disarrange(self.generation).await?;
+                }
+                self.stop_shipping(on).await;
+            }
             (Some(on), Some(new)) => {
                 if !on.ownership.same_cluster(&new) {
                     return Err(SessionError::Protection(
@@ -464,7 +521,8 @@ impl Session {
                     *lock(&self.shown) = Some((on.ownership.protection.clone(), on.ownership.ack_quorum));
                 } else {
                     self.announce_if_running(&on.ownership).await?;
-                    self.begin_shipping(&on.ownership);
+                    on.ownership.arrange(self.generation).await?;
+                    self.begin_shipping(&on.ownership)?;
                     on.shipping = true;
                 }
             }
@@ -480,7 +538,8 @@ impl Session {
                     shipping: false,
                 });
                 self.announce_if_running(&on.ownership).await?;
-                self.begin_shipping(&on.ownership);
+                on.ownership.arrange(self.generation).await?;
+                self.begin_shipping(&on.ownership)?;
                 on.shipping = true;
             }
         }
@@ -500,6 +559,11 @@ impl Session {
         if let Some(shipper) = self.checkpoints.ship(None) {
             shipper.stop().await;
         }
+        // Ends with the shipper's last event, and who counts the lease with it: nobody holds the guest then.
+        let follower = lock(&self.follower).take();
+        if let Some(follower) = follower {
+            let _ = follower.await;
+        }
         // Those it has now: they may have changed since it began.
         for holder in self.spool.holders() {
             self.spool.remove_holder(&holder);
@@ -507,6 +571,7 @@ impl Session {
         // What the holders had may be gone from here: the next checkpoint builds on nothing.
         self.checkpoints.orders().full();
         *lock(&self.shown) = None;
+        self.vm.leash().free();
         on.shipping = false;
     }
 
@@ -522,6 +587,9 @@ impl Session {
                 every_ms: protection.every_ms,
                 ack_quorum,
                 registry: protection.registry,
+                failover: protection.failover.unwrap_or_default(),
+                detect: protection.detect,
+                on_lapse: protection.on_lapse.unwrap_or_default(),
                 holders: shipping
                     .iter()
                     .flat_map(|status| &status.holders)
@@ -595,7 +663,10 @@ impl Session {
         let mut report = StopReport::clean();
         let guard = self.guard.lock().await;
         self.checkpoints.every(None);
-        let live = matches!(*self.vm.state().borrow(), RunState::Running | RunState::Paused);
+        let live = matches!(
+            *self.vm.state().borrow(),
+            RunState::Running | RunState::Paused | RunState::Lapsed { .. }
+        );
         let shipping = guard.as_ref().is_some_and(|guard| guard.shipping);
         if live && shipping {
             // A guest that ends of itself meanwhile has no last state to save.
@@ -624,6 +695,10 @@ impl Session {
         self.checkpoints.end().await;
         let stopped = self.vm.stop().await;
         if let Some(shipper) = shipper {
+            if stopped.is_ok() {
+                // It never runs again here: nobody has to wait for its lease.
+                shipper.release();
+            }
             shipper.stop().await;
         }
         if let Some(guard) = guard.as_ref()
@@ -695,6 +770,7 @@ async fn own(
     };
     // A restore from this store has to ask the registry from now on.
     store.promise(&config.name, generation)?;
+    ownership.arrange(generation).await?;
     Ok((Some(ownership), generation))
 }
 

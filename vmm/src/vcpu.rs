@@ -20,6 +20,7 @@ use vmm_sys_util::signal::register_signal_handler;
 
 use crate::bus::Bus;
 use crate::kvm::{self, KvmError};
+use crate::leash::Leash;
 
 pub mod msrs;
 pub mod state;
@@ -32,6 +33,9 @@ const STOP_SPIN: Duration = Duration::from_micros(200);
 /// How long a vCPU's thread that was parked spins before it sleeps, for the same reason: most stops are for a
 /// checkpoint and shorter than this.
 const PARK_SPIN: Duration = Duration::from_micros(400);
+
+/// How often a vCPU without a lease looks whether it has one again, until it is stopped.
+const HELD_LOOK: Duration = Duration::from_millis(5);
 
 /// Why a vCPU stopped of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,6 +91,8 @@ struct Shared {
     /// The guest ended of itself on this vCPU: it never runs again.
     ended: AtomicBool,
     tid: AtomicI32,
+    /// Until when the guest may run.
+    leash: Leash,
     /// `kvm_run.immediate_exit` of this vCPU; valid as long as `Vcpu` lives, which holds the mapping.
     immediate_exit: AtomicPtr<u8>,
 }
@@ -154,6 +160,7 @@ impl Vcpu {
         id: u8,
         mut fd: VcpuFd,
         bus: Arc<Bus>,
+        leash: Leash,
         ended: impl Fn(u8, GuestEnd) + Send + 'static,
     ) -> Result<Self, VcpuError> {
         install_kick_handler()?;
@@ -165,6 +172,7 @@ impl Vcpu {
             stop: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             tid: AtomicI32::new(0),
+            leash,
             immediate_exit: AtomicPtr::new(immediate_exit),
         });
         let fd = Arc::new(Mutex::new(fd));
@@ -326,6 +334,12 @@ fn vcpu_thread(id: u8, fd: &Mutex<VcpuFd>, shared: &Shared, bus: &Bus, ended: im
 /// Runs the guest until it is told to stop (`None`) or ends of itself.
 fn run_until_stop(fd: &mut VcpuFd, shared: &Shared, bus: &Bus) -> Option<GuestEnd> {
     while !shared.stop.load(Ordering::SeqCst) {
+        // Before every entry: a process that was stopped and continued comes by here before its guest runs on, for
+        // KVM_RUN returns EINTR then.
+        if !shared.leash.allows() {
+            Sleeper(shared).sleep(HELD_LOOK);
+            continue;
+        }
         match fd.run() {
             Ok(VcpuExit::IoOut(port, data)) => {
                 if let Some(end) = bus.write(port, data, &Sleeper(shared)) {

@@ -266,8 +266,10 @@ impl Vm {
             .into_iter()
             .zip(0u8..)
             .map(|(fd, id)| {
-                let ended = Arc::clone(&self.ended);
-                Vcpu::start(id, fd, Arc::clone(&self.bus), move |id, end| ended(life, id, end))
+                let (ended, leash) = (Arc::clone(&self.ended), self.outbox.leash());
+                Vcpu::start(id, fd, Arc::clone(&self.bus), leash, move |id, end| {
+                    ended(life, id, end)
+                })
             })
             .collect::<Result<Vec<_>, _>>()?;
         Ok(())

@@ -56,3 +56,62 @@ fn a_paused_guest_is_silent_and_goes_on() {
     run(vm.stop()).unwrap();
     assert_eq!(*vm.state().borrow(), RunState::Stopped);
 }
+
+#[test]
+fn without_a_lease_the_guest_is_not_entered_though_nobody_has_stopped_it() {
+    let guests = Guests::new();
+    let vm = boot(small(64), &guests.source("ticker", "period_ms=2"));
+    run(vm.resume()).unwrap();
+    wait_for(vm.outbox(), |text| text.contains("tick 5").then_some(()));
+    vm.leash().hold();
+    // It is in the guest when the lease goes, and comes out with at most the byte it is writing.
+    std::thread::sleep(Duration::from_millis(100));
+    let end = vm.outbox().end();
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(vm.outbox().end(), end, "the guest ran without a lease");
+    assert_eq!(*vm.state().borrow(), RunState::Running);
+    vm.leash().free();
+    assert!(
+        !vm.outbox().read(end, PATIENCE).bytes.is_empty(),
+        "it goes on with one"
+    );
+    vm.leash().cut();
+    assert!(
+        vm.outbox().read(0, Duration::from_millis(10)).bytes.is_empty(),
+        "what it said is not told to anyone any more"
+    );
+    run(vm.stop()).unwrap();
+}
+
+#[test]
+fn a_guest_that_lapsed_goes_on_when_its_lease_is_renewed_unless_it_was_paused_meanwhile() {
+    let guests = Guests::new();
+    let vm = boot(small(64), &guests.source("ticker", "period_ms=2"));
+    vm.lapse("it does not run yet").unwrap();
+    assert_eq!(*vm.state().borrow(), RunState::Paused);
+    run(vm.resume()).unwrap();
+    vm.lapse("nobody answers").unwrap();
+    let lapsed = vm.state().borrow().clone();
+    assert_eq!(
+        (lapsed.word(), lapsed.reason().as_deref()),
+        ("lapsed", Some("nobody answers"))
+    );
+    assert!(
+        run(vm.resume())
+            .unwrap_err()
+            .to_string()
+            .contains("nobody answers")
+    );
+    vm.renewed().unwrap();
+    assert_eq!(*vm.state().borrow(), RunState::Running);
+    vm.lapse("nobody answers").unwrap();
+    run(vm.pause()).unwrap();
+    vm.renewed().unwrap();
+    assert_eq!(*vm.state().borrow(), RunState::Paused, "someone wants it paused");
+    run(vm.resume()).unwrap();
+    vm.lapse("nobody answers").unwrap();
+    vm.fence("another runs it").unwrap();
+    vm.renewed().unwrap();
+    assert_eq!(vm.state().borrow().word(), "fenced");
+    run(vm.stop()).unwrap();
+}

@@ -8,10 +8,10 @@
 //! |---|---|
 //! | status, list, show; reading the registry | everyone with a certificate of the cluster |
 //! | ship a VM's segments | its owner under that generation, by the registry, with the role owner or execute |
-//! | seal | execute, for a generation that the registry has not given to another |
-//! | what is held of a VM | execute, store, operator |
+//! | seal | execute, for a generation that the registry has not given to another; owner, for one of its own |
+//! | what is held of a VM, what is seen of its owner and of that process | execute, store, operator |
 //! | fetch | execute, store; the VM's owner |
-//! | promote, fold, verify, import | operator; this node itself |
+//! | promote, drill, fold, verify, import | operator; this node itself |
 //! | forget, set what is kept | operator, execute; this node itself |
 //! | join as a node | that node, with roles that its certificate has |
 //! | create a VM | owner, execute, as themselves |
@@ -19,6 +19,7 @@
 //! | change a VM's record, register its segments, hold its owner's lease | its owner under that generation |
 //! | register copies of what is committed already, propose a change of holders | execute, store |
 //! | have a node copy segments | execute, store, operator; under a generation that is |
+//! | add to a VM's history | every role, as itself |
 //! | hold a node's lease | that node |
 //! | drain or remove a node | operator; that node |
 //! | forget a VM in the registry | operator, execute |
@@ -93,6 +94,7 @@ pub(super) fn whose<'a>(asked: Asked<'a>) -> Option<(&'a VmId, Option<Generation
             RegistryRequest::RaiseGeneration { vm, expected, .. } => Some((vm, Some(*expected))),
             RegistryRequest::SetHolders { vm, generation, .. }
             | RegistryRequest::SetVmState { vm, generation, .. }
+            | RegistryRequest::SetFailover { vm, generation, .. }
             | RegistryRequest::RegisterSegments { vm, generation, .. }
             | RegistryRequest::SetSwap { vm, generation, .. } => Some((vm, Some(*generation))),
             RegistryRequest::GrantLease { subject, .. }
@@ -108,6 +110,8 @@ pub(super) fn whose<'a>(asked: Asked<'a>) -> Option<(&'a VmId, Option<Generation
             | RegistryRequest::ListVms { .. }
             | RegistryRequest::ForgetVm { .. }
             | RegistryRequest::ListSegments { .. }
+            | RegistryRequest::Note { .. }
+            | RegistryRequest::History { .. }
             | RegistryRequest::AwaitChanges { .. }
             | RegistryRequest::SetDraining { .. }
             | RegistryRequest::LeaveNode { .. } => None,
@@ -116,11 +120,14 @@ pub(super) fn whose<'a>(asked: Asked<'a>) -> Option<(&'a VmId, Option<Generation
         | Call::List(_)
         | Call::Show(_)
         | Call::Promote(_)
+        | Call::Drill(_)
         | Call::Forget(_)
         | Call::Holding(_)
         | Call::Keep(_)
         | Call::Fold(_)
         | Call::Verify(_)
+        | Call::Process(_)
+        | Call::OwnerView(_)
         | Call::Import(_) => None,
     }
 }
@@ -153,6 +160,7 @@ pub(super) fn authorise(here: &str, peer: &Peer, asked: Asked<'_>, owner: &Owner
         Call::Keep(keep) if keep.policy.is_none() => Ok(()),
         // Whoever has this node's certificate is root on it.
         Call::Promote(_)
+        | Call::Drill(_)
         | Call::Forget(_)
         | Call::Keep(_)
         | Call::Fold(_)
@@ -163,6 +171,7 @@ pub(super) fn authorise(here: &str, peer: &Peer, asked: Asked<'_>, owner: &Owner
             Ok(())
         }
         Call::Promote(_) => one_of(node, "promote a VM", &[CertRole::Operator]),
+        Call::Drill(_) => one_of(node, "have a copy of a VM run", &[CertRole::Operator]),
         Call::Fold(_) => one_of(node, "have segments folded", &[CertRole::Operator]),
         Call::Verify(_) => one_of(node, "have segments verified", &[CertRole::Operator]),
         // Whose the segments are is known only when they have been read: an owner has Ship for its own.
@@ -177,6 +186,11 @@ pub(super) fn authorise(here: &str, peer: &Peer, asked: Asked<'_>, owner: &Owner
         Call::Holding(_) => one_of(
             node,
             "ask what is held",
+            &[CertRole::Operator, CertRole::Execute, CertRole::Store],
+        ),
+        Call::Process(_) | Call::OwnerView(_) => one_of(
+            node,
+            "ask what becomes of an owner",
             &[CertRole::Operator, CertRole::Execute, CertRole::Store],
         ),
         Call::Seal(seal) => self::seal(node, &seal.vm, seal.generation, owner),
@@ -203,7 +217,10 @@ fn registry(node: &NodeIdentity, request: &RegistryRequest, owner: &Owner) -> Re
         | RegistryRequest::GetVm { .. }
         | RegistryRequest::ListVms { .. }
         | RegistryRequest::ListSegments { .. }
+        | RegistryRequest::History { .. }
         | RegistryRequest::AwaitChanges { .. } => Ok(()),
+        // Of some role it is: checked before.
+        RegistryRequest::Note { entry, .. } => as_itself(node, &entry.node, "tell the history of a VM as"),
         RegistryRequest::JoinNode { node: joining, .. } => {
             one_of(node, "join as a node", &[CertRole::Execute, CertRole::Store])?;
             as_itself(node, &joining.name, "join as")?;
@@ -234,6 +251,7 @@ fn registry(node: &NodeIdentity, request: &RegistryRequest, owner: &Owner) -> Re
             }
         }
         RegistryRequest::SetHolders { vm, generation, .. }
+        | RegistryRequest::SetFailover { vm, generation, .. }
         | RegistryRequest::SetVmState { vm, generation, .. } => change(node, vm, *generation, owner),
         // Proposed by an agent that looks after the holders; carried out by the owner alone.
         RegistryRequest::SetSwap { .. } if keeps(node) => Ok(()),
@@ -341,9 +359,14 @@ fn ship(node: &NodeIdentity, vm: &VmId, asked: Generation, owner: &Owner) -> Res
     as_itself(node, given_out(vm, asked, owner)?, "ship a VM of")
 }
 
-/// A seal is asked for by the node that has raised the generation.
+/// A seal is asked for by the node that has raised the generation: to take the VM over, or to take up its own again.
 fn seal(node: &NodeIdentity, vm: &VmId, asked: Generation, owner: &Owner) -> Result<(), Denied> {
-    one_of(node, &format!("seal VM {vm}"), &[CertRole::Execute])?;
+    let what = format!("seal VM {vm}");
+    let own = matches!(owner, Owner::Is { generation, node: owner, .. } if *owner == node.name && *generation == asked);
+    match own {
+        true => return one_of(node, &what, &[CertRole::Owner, CertRole::Execute]),
+        false => one_of(node, &what, &[CertRole::Execute])?,
+    }
     match given_out(vm, asked, owner) {
         Ok(owner) => as_itself(node, owner, "seal a VM of"),
         // A takeover must not fail because a holder cannot see the registry: who may execute could have raised the

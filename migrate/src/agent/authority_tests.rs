@@ -3,11 +3,13 @@
 use segment::{CheckpointId, Digest, Epoch, Generation, SegmentName, VmId};
 
 use super::authority::*;
-use crate::registry::{LeaseSubject, NodeRecord, RegistryRequest, SegmentRecord, VmState};
+use crate::registry::{
+    HistoryEntry, LeaseSubject, NodeRecord, OwnerProcess, RegistryRequest, SegmentRecord, VmState,
+};
 use crate::transport::{CertRole, NodeIdentity, Peer};
 use crate::wire::{
-    Call, CopyCall, FoldCall, ForgetCall, HoldingCall, KeepCall, ListCall, NameCall, Nothing, PromoteCall,
-    SealCall, VerifyCall,
+    Call, CopyCall, DrillCall, FoldCall, ForgetCall, HoldingCall, KeepCall, ListCall, NameCall, Nothing,
+    OwnerViewCall, ProcessCall, PromoteCall, SealCall, VerifyCall,
 };
 
 const HERE: &str = "here";
@@ -83,6 +85,13 @@ fn raise(new_owner: &str) -> RegistryRequest {
     }
 }
 
+fn note(node: &str) -> RegistryRequest {
+    RegistryRequest::Note {
+        vm: vm(),
+        entry: HistoryEntry::new(NOW, node, "taken-over", "in no time".into()),
+    }
+}
+
 fn owners_lease() -> LeaseSubject {
     LeaseSubject::Owner {
         vm: vm(),
@@ -153,6 +162,7 @@ fn table() -> Vec<(Call, [Needs; 4], bool)> {
                 vm: vm(),
                 dry_run: false,
                 accept_loss: false,
+                force: false,
             }),
             [X, X, X, Y],
             true,
@@ -165,6 +175,14 @@ fn table() -> Vec<(Call, [Needs; 4], bool)> {
                 wait_ms: None,
             }),
             [Y, X, X, Y],
+            true,
+        ),
+        (
+            Call::Drill(DrillCall {
+                vm: vm(),
+                watch_ms: 1,
+            }),
+            [X, X, X, Y],
             true,
         ),
         (Call::Fold(FoldCall { vm: vm(), tip: None }), [X, X, X, Y], true),
@@ -190,7 +208,7 @@ fn table() -> Vec<(Call, [Needs; 4], bool)> {
                 vm: vm(),
                 generation: NOW,
             }),
-            [NotAnothers, X, X, X],
+            [NotAnothers, X, Own, X],
             false,
         ),
         (
@@ -250,6 +268,39 @@ fn table() -> Vec<(Call, [Needs; 4], bool)> {
                 state: VmState::Running,
             }),
             [OwnIfKnown, X, OwnIfKnown, X],
+            false,
+        ),
+        (
+            registry(RegistryRequest::SetFailover {
+                vm: vm_of(),
+                generation,
+                failover: None,
+            }),
+            [OwnIfKnown, X, OwnIfKnown, X],
+            false,
+        ),
+        (registry(note(ME)), [Y, Y, Y, Y], false),
+        (registry(note("other")), [X, X, X, X], false),
+        (
+            registry(RegistryRequest::History { vm: vm_of() }),
+            [Y, Y, Y, Y],
+            false,
+        ),
+        (
+            Call::OwnerView(OwnerViewCall { vm: vm_of() }),
+            [Y, Y, X, Y],
+            false,
+        ),
+        (
+            Call::Process(ProcessCall {
+                process: OwnerProcess {
+                    boot: [0; 16],
+                    namespace: 1,
+                    pid: 1,
+                    started: 1,
+                },
+            }),
+            [Y, Y, X, Y],
             false,
         ),
         (

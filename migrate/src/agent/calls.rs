@@ -9,14 +9,16 @@ use std::time::Duration;
 use segment::{Generation, VmId};
 
 use super::authority::{Asked, Denied};
-use super::{Inner, blocking, copy, forget, keep, promote, software};
+use super::{Inner, blocking, copy, drill, forget, keep, promote, software, watcher};
+use crate::process;
 use crate::protocol::parent_of;
 use crate::registry::{Answered, RegistryAddr, RegistryError, RegistryRequest, Role};
 use crate::store::{Entry, FsStore, Lease, Lineage, StoreError};
 use crate::transport::{ByteStream, FrameWriter, Link, PING_EVERY, Peer, TransportError, in_full};
 use crate::wire::{
-    AgentStatus, Call, End, Failure, Fenced, HoldingCall, ListCall, MAX_PAGE_SEGMENTS, Message, Ping, Reject,
-    Reply, SealCall, SealReport, SegmentBrief, SegmentDetail, SegmentPage, SpaceBrief, VmStatus,
+    AgentStatus, Call, End, Failure, Fenced, HoldingCall, ListCall, MAX_PAGE_SEGMENTS, Message, Ping,
+    ProcessReport, Reject, Reply, SealCall, SealReport, SegmentBrief, SegmentDetail, SegmentPage, SpaceBrief,
+    VmStatus,
 };
 
 /// How long a connection may be without a call.
@@ -138,7 +140,7 @@ async fn answer(inner: Arc<Inner>, call: Call, leases: &mut Leases) -> Answer {
             let store = inner.store.clone();
             run(move || show(&store, &call.name).map(Reply::Show)).await
         }
-        Call::Promote(call) => promote::promote(&inner, call).await.map(Reply::Promoted),
+        Call::Promote(call) => promote::by_word(&inner, call).await.map(Reply::Promoted),
         Call::Copy(call) => copy::copy_vm(&inner, call).await.map(Reply::Copied),
         Call::Forget(call) => forget::forget(&inner, call).await.map(Reply::Forgotten),
         Call::Seal(call) => seal(&inner, call).await,
@@ -150,6 +152,14 @@ async fn answer(inner: Arc<Inner>, call: Call, leases: &mut Leases) -> Answer {
             why: "an import without an archive".into(),
         }),
         Call::Verify(call) => keep::verify(&inner, call).await.map(Reply::Verified),
+        Call::Drill(call) => drill::drill(&inner, call).await.map(Reply::Drilled),
+        Call::OwnerView(call) => {
+            let agent = inner.clone();
+            run(move || Ok(Reply::OwnerView(watcher::view(&agent, &call.vm)))).await
+        }
+        Call::Process(call) => Ok(Reply::Process(ProcessReport {
+            process: process::look(&call.process),
+        })),
         Call::Fetch(call) => {
             // The rest of the chain will be asked for next, link by link.
             if !leases.iter().any(|lease| lease.covers(&call.name))
@@ -335,12 +345,12 @@ fn show(store: &FsStore, name: &segment::SegmentName) -> Result<SegmentDetail, S
 
 async fn seal(inner: &Arc<Inner>, call: SealCall) -> Result<Reply, Failure> {
     let SealCall { vm, generation } = call;
-    let (store, of) = (inner.store.clone(), vm.clone());
+    let (agent, of) = (inner.clone(), vm.clone());
     // The promise first, and it is durable before anything is read: what is read then is all that can ever have been
     // acknowledged under a lower generation.
     let sealed = blocking(move || {
-        let generation = store.promise(&of, generation)?;
-        Ok::<_, StoreError>(held(&store, &of, generation))
+        let generation = agent.store.promise(&of, generation)?;
+        Ok::<_, StoreError>(held(&agent, &of, generation))
     });
     match sealed.await {
         Ok(report) => {
@@ -354,7 +364,13 @@ async fn seal(inner: &Arc<Inner>, call: SealCall) -> Result<Reply, Failure> {
 }
 
 /// What is here of `vm`.
-fn held(store: &FsStore, vm: &VmId, generation: Generation) -> SealReport {
+fn held(inner: &Inner, vm: &VmId, generation: Generation) -> SealReport {
+    let store = &*inner.store;
+    // A lease that ends a part of a millisecond later has not ended.
+    let granted = inner
+        .grants
+        .remaining(vm)
+        .map(|left| left.as_micros().div_ceil(1000) as u64);
     let newest = store.newest_complete(vm);
     let beyond = |e: &Entry| {
         newest
@@ -368,19 +384,20 @@ fn held(store: &FsStore, vm: &VmId, generation: Generation) -> SealReport {
         had: had.into_iter().flatten().max_by_key(|name| name.position()),
         dangling: store.entries(vm).pop().filter(beyond).map(|e| brief_of(&e)),
         newest: newest.map(|e| brief(store, &e)),
+        grant_remaining_ms: granted,
     }
 }
 
 /// What is here, after a look for damage: in a short chain always, in a long one when it is asked for.
 async fn holding(inner: &Arc<Inner>, call: HoldingCall) -> Result<Reply, Failure> {
     let HoldingCall { vm, thorough } = call;
-    let store = inner.store.clone();
+    let agent = inner.clone();
     // One at a time: it reads much, and whoever asks often shall not keep the disk busy.
     let _turn = inner.verifying.lock().await;
     run(move || {
         let max_bytes = if thorough { u64::MAX } else { VERIFY_BYTES };
-        store.verify_newest(&vm, max_bytes)?;
-        Ok(Reply::Sealed(held(&store, &vm, store.promised(&vm))))
+        agent.store.verify_newest(&vm, max_bytes)?;
+        Ok(Reply::Sealed(held(&agent, &vm, agent.store.promised(&vm))))
     })
     .await
 }

@@ -77,6 +77,10 @@ enum Command {
     Import(store::Import),
     /// Say which nodes hold a VM, and why: the choice and each refusal.
     Explain(cluster::Explain),
+    /// Run a copy of a VM at the agent's host for a while, without a network, to see that a takeover would work.
+    Drill(cluster::Drill),
+    /// Tell what happened to a VM: owners, takeovers, with times and reasons.
+    History(cluster::History),
     /// Give a node no more segments, and have those it has copied to others.
     Drain(cluster::Drain),
     /// Let a node that was drained take segments again.
@@ -106,6 +110,11 @@ enum Command {
         /// good.
         #[arg(long)]
         accept_loss: bool,
+        /// Take it over though too few holders answer to fence its owner. If that owner still runs somewhere, the VM runs
+        /// twice and both act on the world; and what only the missing holders have is lost. Only when its host is off for
+        /// certain, and the missing holders are gone for good.
+        #[arg(long)]
+        force: bool,
     },
     /// Show the agent, the nodes and the VMs.
     Status {
@@ -301,6 +310,8 @@ impl Cli {
             Command::Ls { vm, json } => ls(&agent, vm, json).await,
             Command::Keep(keep) => keep.run(&agent).await,
             Command::Explain(explain) => explain.run(&agent).await,
+            Command::Drill(drill) => drill.run(&agent).await,
+            Command::History(history) => history.run(&agent).await,
             Command::Drain(drain) => drain.run(&agent).await,
             Command::Join(join) => join.run(&agent).await,
             Command::Leave(leave) => leave.run(&agent).await,
@@ -314,7 +325,16 @@ impl Cli {
                 json,
                 dry_run,
                 accept_loss,
-            } => promote(&agent, vm, json, dry_run, accept_loss).await,
+                force,
+            } => {
+                let call = PromoteCall {
+                    vm,
+                    dry_run,
+                    accept_loss,
+                    force,
+                };
+                promote(&agent, call, json).await
+            }
             Command::Status { json } => status(&agent, json).await,
             Command::Forget { vm, force } => forget(&agent, vm, force).await,
         }
@@ -491,20 +511,9 @@ async fn show(agent: &Agency, name: SegmentName, json: bool) -> Result<(), CliEr
     Ok(())
 }
 
-async fn promote(
-    agent: &Agency,
-    vm: VmId,
-    json: bool,
-    dry_run: bool,
-    accept_loss: bool,
-) -> Result<(), CliError> {
+async fn promote(agent: &Agency, call: PromoteCall, json: bool) -> Result<(), CliError> {
     let mut client = connect(agent).await?;
-    let call = Call::Promote(PromoteCall {
-        vm,
-        dry_run,
-        accept_loss,
-    });
-    let Reply::Promoted(report) = client.call(call, PROMOTE_DEADLINE).await? else {
+    let Reply::Promoted(report) = client.call(Call::Promote(call), PROMOTE_DEADLINE).await? else {
         return Err(CliError::Mismatch);
     };
     match json {

@@ -9,7 +9,7 @@
 //! Invariants: what was acknowledged is durable; one process per data directory (the store's lock); connections, what
 //! each may queue and what each may send are bounded; a VM it starts is a process of its own that outlives it.
 //!
-//! What it never does: it never opens /dev/kvm, and it promotes nothing that nobody asked it to.
+//! What it never does: it never opens /dev/kvm, and it takes over nothing by itself but VMs that run under a lease.
 
 mod authority;
 #[cfg(test)]
@@ -18,8 +18,12 @@ mod calls;
 pub mod cli;
 mod copy;
 mod door;
+mod drill;
 mod forget;
 mod gather;
+mod grants;
+mod history;
+mod host;
 mod housekeep;
 mod keep;
 mod member;
@@ -32,6 +36,7 @@ mod sessions;
 mod spawn;
 mod systemd;
 mod view;
+mod watcher;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -187,6 +192,7 @@ struct Inner {
     owners: owners::Owners,
     forgetting: forget::Forgetting,
     promotes: promote::UnderWay,
+    grants: grants::Grants,
     /// Held while stored bytes are checked for another agent.
     verifying: tokio::sync::Mutex<()>,
     housekeeper: housekeep::Housekeeper,
@@ -205,6 +211,7 @@ pub struct Agent {
     joining: JoinHandle<()>,
     repairing: JoinHandle<()>,
     keeping: JoinHandle<()>,
+    watching: JoinHandle<()>,
 }
 
 impl Agent {
@@ -248,6 +255,7 @@ impl Agent {
         for damaged in store.damaged() {
             tracing::error!(file = %damaged.path.display(), why = %damaged.why, "a stored segment is damaged: set aside");
         }
+        let grants = grants::Grants::open(&data).map_err(usable)?;
         let id = node_id(&data).map_err(usable)?;
         let seen = recall(&data.join(member::SEEN));
         let backend = match &registry {
@@ -302,12 +310,14 @@ impl Agent {
             sessions: Sessions::default(),
             forgetting: forget::Forgetting::default(),
             promotes: promote::UnderWay::default(),
+            grants,
             verifying: tokio::sync::Mutex::default(),
             housekeeper,
             connections: AtomicU32::new(0),
             copying,
             stop: stopped,
         });
+        let watching = tokio::spawn(watcher::run(inner.clone()));
         let keeping = tokio::spawn(housekeep::run(inner.clone()));
         let repairing = tokio::spawn(repair::run(inner.clone(), replace_after));
         let member = Member {
@@ -326,6 +336,7 @@ impl Agent {
             joining,
             keeping,
             repairing,
+            watching,
         })
     }
 
@@ -353,6 +364,8 @@ impl Agent {
         self.repairing.abort();
         self.inner.copying.stop();
         self.inner.housekeeper.stop();
+        // A takeover that is under way has a task of its own.
+        self.watching.abort();
         let _ = tokio::time::timeout(SHUTDOWN, self.keeping).await;
         // Gives the lease back, so that everyone knows at once.
         if tokio::time::timeout(SHUTDOWN, &mut self.joining).await.is_err() {

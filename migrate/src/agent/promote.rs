@@ -8,11 +8,13 @@ use segment::{Generation, SegmentName, VmId};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::{Inner, gather, spawn};
+use super::{Inner, gather, history, host, spawn};
+use crate::clock::boottime;
 use crate::failover::{
     Holding, Outcome, Plan, PlanAction, PlanEvent, PlanOptions, PromoteError, SealFailure,
 };
-use crate::registry::{MAX_PAGE_RECORDS, Role, VmState};
+use crate::lease::MAX_TTL;
+use crate::registry::{MAX_PAGE_RECORDS, OwnerProcess, Role, VmState};
 use crate::transport::{CallError, Client, in_full};
 use crate::wire::{
     Call, Failure, HoldingCall, PhaseTime, PromoteCall, PromoteReport, Reply, SealCall, SealReport,
@@ -20,6 +22,8 @@ use crate::wire::{
 
 /// How long a holder may take to promise.
 const SEAL_DEADLINE: Duration = Duration::from_secs(5);
+/// How often it is looked for the process of the owner before, while its time runs out.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How long a holder may take to check every byte of a chain.
 const THOROUGH_DEADLINE: Duration = Duration::from_secs(300);
 
@@ -58,14 +62,33 @@ impl Drop for Claim {
     }
 }
 
+/// The same by a person's word, which its history tells.
+pub(super) async fn by_word(inner: &Arc<Inner>, call: PromoteCall) -> Result<PromoteReport, Failure> {
+    let (vm, dry_run) = (call.vm.clone(), call.dry_run);
+    let before = match dry_run {
+        true => None,
+        false => inner.registry.get_vm(&vm).await.ok(),
+    };
+    let result = promote(inner, call).await;
+    if let Some(before) = before {
+        history::promoted(inner, &vm, before.generation, &result);
+    }
+    result
+}
+
 /// Runs the VM here, or says what would be done.
 pub(super) async fn promote(inner: &Arc<Inner>, call: PromoteCall) -> Result<PromoteReport, Failure> {
     let PromoteCall {
         vm,
         dry_run,
         accept_loss,
+        force,
     } = call;
-    let options = PlanOptions { dry_run, accept_loss };
+    let options = PlanOptions {
+        dry_run,
+        accept_loss,
+        force,
+    };
     let refuse = |why: String| Err(Failure { why });
     if !inner.roles.contains(&Role::Execute) {
         return refuse(format!(
@@ -120,6 +143,7 @@ async fn carry_out(
                 PlanAction::Ask { .. } => "ask",
                 PlanAction::Seal { .. } => "seal",
                 PlanAction::Fetch { .. } => "fetch",
+                PlanAction::Wait { .. } => "wait",
                 PlanAction::Start { .. } => "restore",
                 PlanAction::Finish(_) => "end",
             };
@@ -206,7 +230,31 @@ async fn act(inner: &Arc<Inner>, vm: &VmId, action: PlanAction) -> PlanEvent {
             generation,
         } => PlanEvent::Fetched(gather::gather(inner, &from, &tip, generation, thorough).await),
         PlanAction::Start { record, tip } => PlanEvent::Started(spawn::restore(inner, &record, &tip).await),
+        PlanAction::Wait { time, process } => PlanEvent::Waited {
+            time: wait(inner, vm, time, process).await,
+        },
         PlanAction::Finish(_) => PlanEvent::Begin,
+    }
+}
+
+/// Waits so long, or until the owner's process is seen to have ended; returns for how long it waited.
+async fn wait(inner: &Inner, vm: &VmId, time: Duration, owner: Option<OwnerProcess>) -> Duration {
+    let started = boottime();
+    tracing::info!(%vm, ?time, "waiting until the owner before has to stand still");
+    loop {
+        // By the clock that leases run by: asleep, a host makes nobody else's time go slower.
+        let waited = boottime().saturating_sub(started);
+        if waited >= time {
+            return waited;
+        }
+        if let Some(owner) = owner
+            && host::ended(inner, &owner).await
+        {
+            tracing::info!(%vm, pid = owner.pid, "the owner's process has ended: there is nothing to wait for");
+            return boottime().saturating_sub(started);
+        }
+        let left = time.saturating_sub(boottime().saturating_sub(started));
+        tokio::time::sleep(left.min(LOOK_EVERY)).await;
     }
 }
 
@@ -263,8 +311,11 @@ async fn remembered(inner: &Inner, holder: &str, vm: &VmId, report: SealReport) 
         newest,
         had,
         dangling,
+        grant_remaining_ms,
         ..
     } = report;
+    // What a holder says is not believed beyond what it can have granted.
+    let granted = Duration::from_millis(grant_remaining_ms.unwrap_or(0)).min(MAX_TTL * 2);
     let mut forgot = None;
     if newest.is_none() && had.is_none() && dangling.is_none() {
         let mut after: Option<SegmentName> = None;
@@ -292,5 +343,6 @@ async fn remembered(inner: &Inner, holder: &str, vm: &VmId, report: SealReport) 
         had,
         dangling,
         forgot,
+        granted,
     })
 }

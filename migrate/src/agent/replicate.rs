@@ -8,6 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io::Write;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use segment::{Generation, SegmentName, VmId};
 use tokio::io::AsyncWrite;
@@ -31,12 +32,28 @@ const FRAME_QUEUE: usize = 8;
 
 /// What the disk's thread is to do.
 enum Job {
-    Promise { vm: VmId, generation: Generation },
-    Find { vm: VmId },
-    Begin { transfer: u32, offer: Offer },
-    Write { transfer: u32, bytes: Vec<u8> },
-    Commit { transfer: u32 },
-    Abort { transfer: u32 },
+    Promise {
+        vm: VmId,
+        generation: Generation,
+        lease: Option<Duration>,
+    },
+    Find {
+        vm: VmId,
+    },
+    Begin {
+        transfer: u32,
+        offer: Offer,
+    },
+    Write {
+        transfer: u32,
+        bytes: Vec<u8>,
+    },
+    Commit {
+        transfer: u32,
+    },
+    Abort {
+        transfer: u32,
+    },
 }
 
 /// Serves one connection until it ends.
@@ -105,7 +122,7 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, link: Link<S>, who: 
                 false => ReceiverEvent::Unread,
             },
         };
-        let actions = receiver.step(event, started.elapsed());
+        let mut actions = VecDeque::from(receiver.step(event, started.elapsed()));
         if session.is_none()
             && let Some((vm, generation, owner)) = receiver.shipping()
         {
@@ -113,12 +130,31 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, link: Link<S>, who: 
             session = Some(inner.sessions.enter(vm, generation, owner, kick.clone()));
         }
         let mut end = None;
-        for action in actions {
-            if let ReceiverAction::Promise { vm, generation } = action {
-                judging = Some(Box::pin(judge(&inner, who, vm, generation)));
-                continue;
+        while let Some(action) = actions.pop_front() {
+            match action {
+                ReceiverAction::Promise {
+                    vm,
+                    generation,
+                    lease,
+                } => judging = Some(Box::pin(judge(&inner, who, vm, generation, lease))),
+                // At once, and not behind what waits for the disk: it is in memory.
+                ReceiverAction::Grant {
+                    vm,
+                    generation,
+                    seq,
+                    ttl,
+                } => {
+                    if inner.grants.grant(&inner.store, &vm, generation, ttl) {
+                        let event = ReceiverEvent::<Stored>::Granted { seq };
+                        actions.extend(receiver.step(event, started.elapsed()));
+                    }
+                }
+                ReceiverAction::Release { vm, generation } => {
+                    tracing::info!(%vm, %generation, "the owner's guest stands still for good");
+                    inner.grants.release(&inner.store, &vm, generation);
+                }
+                action => end = perform(action, &mut writer, &mut waiting).await.or(end),
             }
-            end = perform(action, &mut writer, &mut waiting).await.or(end);
         }
         if let Some(why) = end {
             break why;
@@ -137,10 +173,20 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, link: Link<S>, who: 
 type Judging<'a> = Pin<Box<dyn Future<Output = Result<Job, PromiseResult>> + Send + 'a>>;
 
 /// Whether the owner may ship: then the disk is to promise its generation.
-async fn judge(inner: &Inner, who: &Peer, vm: VmId, generation: Generation) -> Result<Job, PromiseResult> {
+async fn judge(
+    inner: &Inner,
+    who: &Peer,
+    vm: VmId,
+    generation: Generation,
+    lease: Option<Duration>,
+) -> Result<Job, PromiseResult> {
     let asked = Asked::Ship { vm: &vm, generation };
     match inner.judge(who, asked).await {
-        Ok(()) => Ok(Job::Promise { vm, generation }),
+        Ok(()) => Ok(Job::Promise {
+            vm,
+            generation,
+            lease,
+        }),
         Err(Denied::Over { current }) => Err(PromiseResult::Fenced { current }),
         // It asks again after a while, and shows why meanwhile.
         Err(Denied::Never(why) | Denied::Later(why)) => Err(PromiseResult::Failed { why }),
@@ -180,12 +226,15 @@ async fn perform<W: AsyncWrite + Unpin>(
             }
             return Some(why);
         }
-        ReceiverAction::Promise { vm, generation } => Job::Promise { vm, generation },
         ReceiverAction::Find { vm } => Job::Find { vm },
         ReceiverAction::Begin { transfer, offer } => Job::Begin { transfer, offer },
         ReceiverAction::Write { transfer, bytes } => Job::Write { transfer, bytes },
         ReceiverAction::Commit { transfer } => Job::Commit { transfer },
         ReceiverAction::Abort { transfer } => Job::Abort { transfer },
+        // Done by the caller.
+        ReceiverAction::Promise { .. } | ReceiverAction::Grant { .. } | ReceiverAction::Release { .. } => {
+            return None;
+        }
     };
     waiting.push_back(job);
     None
@@ -228,8 +277,19 @@ impl Disk {
 
     fn work(&mut self, job: Job) -> Option<ReceiverEvent<Stored>> {
         match job {
-            Job::Promise { vm, generation } => {
+            Job::Promise {
+                vm,
+                generation,
+                lease,
+            } => {
                 self.generation = generation;
+                // Before the promise: under it the first may be granted.
+                if let Some(ttl) = lease
+                    && let Err(error) = self.agent.grants.note(&vm, ttl)
+                {
+                    let why = in_full(&error);
+                    tracing::error!(%vm, why, "the length of the lease cannot be written down: none is granted here");
+                }
                 Some(ReceiverEvent::Promised(
                     match self.store.promise(&vm, generation) {
                         Ok(_) => PromiseResult::Promised,

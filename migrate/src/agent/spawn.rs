@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use segment::{Generation, VmId};
+use segment::{Generation, SegmentName, VmId};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command};
 
@@ -184,6 +184,7 @@ pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief
         &registry,
     ]);
     command
+        .args(failover_args(record))
         .args(inner.identity.flags())
         .arg("--run-dir")
         .arg(&run_dir)
@@ -202,15 +203,8 @@ pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief
     let pid = child
         .id()
         .map_or_else(|| "gone".to_owned(), |pid| pid.to_string());
-    let bytes: u64 = inner
-        .store
-        .chain(&tip.name)
-        .map_or(0, |links| links.iter().map(|link| link.bytes).sum());
-    let by_size = READY_DEADLINE + Duration::from_secs(bytes / READ_BYTES_A_SECOND);
-    let deadline = inner.restore_timeout.unwrap_or(by_size);
-    let ready = tokio::time::timeout(deadline, ready(&mut child)).await;
-    let why = match ready {
-        Ok(Ok(Ready::Running { pid, socket })) => {
+    let why = match runs(&mut child, allowance(inner, &tip.name)).await {
+        Ok(Running { pid, socket }) => {
             // Reaped when it ends, whenever that is.
             let vm = record.vm.clone();
             tokio::spawn(async move {
@@ -221,13 +215,7 @@ pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief
             });
             return Ok(Running { pid, socket });
         }
-        Ok(Ok(Ready::Failed { error })) => error,
-        Ok(Err(why)) => why,
-        Err(_) => format!(
-            "`vmm restore` (process {pid}) did not run the guest within {} and was ended; `standby serve \
-             --restore-timeout` gives it longer",
-            humantime::format_duration(deadline)
-        ),
+        Err(why) => why,
     };
     // It must not run when someone else is about to: ended and seen to end before this is told.
     let ended = match tokio::time::timeout(KILL_DEADLINE, child.kill()).await {
@@ -244,6 +232,49 @@ pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief
         tracing::error!(vm, pid, "a restore that failed cannot be ended");
     }
     Err(format!("{why}{}{ended}", tail(&log_path, from)))
+}
+
+/// How long a guest that goes on from `tip` may take to run.
+pub(super) fn allowance(inner: &Inner, tip: &SegmentName) -> Duration {
+    let links = inner.store.chain(tip);
+    let bytes: u64 = links.map_or(0, |links| links.iter().map(|link| link.bytes).sum());
+    let by_size = READY_DEADLINE + Duration::from_secs(bytes / READ_BYTES_A_SECOND);
+    inner.restore_timeout.unwrap_or(by_size)
+}
+
+/// Waits until the guest of a `vmm restore --ready-stdout` runs.
+///
+/// # Errors
+/// In words, when it does not: the process may be there still.
+pub(super) async fn runs(child: &mut Child, deadline: Duration) -> Result<Running, String> {
+    let pid = child
+        .id()
+        .map_or_else(|| "gone".to_owned(), |pid| pid.to_string());
+    match tokio::time::timeout(deadline, ready(child)).await {
+        Ok(Ok(Ready::Running { pid, socket })) => Ok(Running { pid, socket }),
+        Ok(Ok(Ready::Failed { error })) => Err(error),
+        Ok(Err(why)) => Err(why),
+        Err(_) => Err(format!(
+            "`vmm restore` (process {pid}) did not run the guest within {} and was ended; `standby serve \
+             --restore-timeout` gives it longer",
+            humantime::format_duration(deadline)
+        )),
+    }
+}
+
+/// How the VM fails over from here on: as it did before.
+fn failover_args(record: &VmRecord) -> Vec<String> {
+    let Some(failover) = &record.failover else {
+        return vec!["--failover".into(), "manual".into()];
+    };
+    let detect = format!("ttl={}ms,renew={}ms", failover.ttl_ms, failover.renew_every_ms);
+    let on_lapse = match failover.stop_on_lapse {
+        Some(true) => "stop",
+        Some(false) | None => "standby",
+    };
+    ["--failover", "auto", "--detect", &detect, "--on-lapse", on_lapse]
+        .map(str::to_owned)
+        .into()
 }
 
 /// The line it says when it is ready.
@@ -272,7 +303,7 @@ async fn ready(child: &mut Child) -> Result<Ready, String> {
 }
 
 /// The last of what it logged since `from`.
-fn tail(path: &Path, from: u64) -> String {
+pub(super) fn tail(path: &Path, from: u64) -> String {
     let text = std::fs::read(path).unwrap_or_default();
     let new = text.get(from as usize..).unwrap_or_default();
     let last = &new[new.len().saturating_sub(LOG_TAIL_BYTES)..];

@@ -8,7 +8,7 @@ use comfy_table::{Table, presets};
 use segment::VmId;
 use serde_json::{Map, Value, json};
 
-use crate::registry::{NodeRecord, VmRecord};
+use crate::registry::{HistoryEntry, NodeRecord, VmRecord};
 use crate::wire::{
     AgentStatus, FoldReport, ForgetReport, KeepReport, PromoteReport, SegmentBrief, SegmentDetail,
     VerifyReport,
@@ -49,6 +49,24 @@ fn when(unix_ns: u64) -> String {
             .to_string(),
         Err(_) => format!("{unix_ns} ns"),
     }
+}
+
+/// What happened to a VM, oldest first.
+pub(super) fn history(vm: &VmId, entries: &[HistoryEntry]) -> String {
+    if entries.is_empty() {
+        return format!("nothing is known to have happened to {vm}");
+    }
+    let mut t = table(&["WHEN", "GENERATION", "NODE", "WHAT", "HOW"]);
+    for entry in entries {
+        t.add_row([
+            when(entry.at_unix_ms.saturating_mul(1_000_000)),
+            entry.generation.to_string(),
+            entry.node.clone(),
+            entry.event.clone(),
+            entry.detail.clone(),
+        ]);
+    }
+    trimmed(&t)
 }
 
 pub(super) fn segments(segments: &[SegmentBrief], node: &str) -> String {

@@ -43,7 +43,8 @@ pub enum PromoteError {
     /// Not enough holders.
     #[error(
         "cannot promote VM {vm}: {sealed} of its {holders} holders answer and {needed} are needed, so a \
-         committed checkpoint could be missed. {state}. Not reached: {failures}. Start those agents, then promote again"
+         committed checkpoint could be missed. {state}. Not reached: {failures}. Start those agents, then promote again; when they are gone for good and \
+         the owner's host is off for certain, --force goes on without them"
     )]
     TooFewSeals {
         /// The VM.

@@ -80,6 +80,11 @@ impl Answers {
         }
     }
 
+    /// The newest of those that answered, whatever it proves.
+    pub(super) fn newest(&self) -> Option<Choice> {
+        newest(self.heard.iter().filter_map(|(_, h)| h.newest.as_ref())).map(|tip| self.choice(tip))
+    }
+
     /// Whether nothing newer than `best` can have been committed.
     fn proves(&self, best: Option<&SegmentBrief>, record: &VmRecord, needed: usize) -> bool {
         let within = |name: &SegmentName| best.is_some_and(|b| name.position() <= b.name.position());

@@ -149,6 +149,7 @@ fn record(holders: &[&str], policy: Option<Policy>) -> VmRecord {
         leased: None,
         swap: None,
         alive: None,
+        failover: None,
     }
 }
 

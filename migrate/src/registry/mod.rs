@@ -332,6 +332,45 @@ impl Registry {
         expect!(self, request, RegistryResponse::Vm(vm) => vm)
     }
 
+    /// The owner says how its VM fails over.
+    ///
+    /// # Errors
+    /// [`RegistryError::Fenced`] when its generation is over.
+    pub async fn set_failover(
+        &self,
+        vm: &VmId,
+        generation: Generation,
+        failover: Option<Failover>,
+    ) -> Result<VmRecord, RegistryError> {
+        let request = RegistryRequest::SetFailover {
+            vm: vm.clone(),
+            generation,
+            failover,
+        };
+        expect!(self, request, RegistryResponse::Vm(vm) => vm)
+    }
+
+    /// Adds an entry to a VM's history.
+    ///
+    /// # Errors
+    /// When there is no such VM, or the entry is too long.
+    pub async fn note(&self, vm: &VmId, entry: HistoryEntry) -> Result<(), RegistryError> {
+        let request = RegistryRequest::Note {
+            vm: vm.clone(),
+            entry,
+        };
+        expect!(self, request, RegistryResponse::Done => ())
+    }
+
+    /// What happened to a VM, oldest first: the last [`MAX_HISTORY`] entries.
+    ///
+    /// # Errors
+    /// When there is no such VM.
+    pub async fn history(&self, vm: &VmId) -> Result<Vec<HistoryEntry>, RegistryError> {
+        let request = RegistryRequest::History { vm: vm.clone() };
+        expect!(self, request, RegistryResponse::History(entries) => entries)
+    }
+
     /// Removes a VM and its segments' records.
     ///
     /// # Errors

@@ -3,7 +3,9 @@
 use minicbor::{Decode, Encode};
 use segment::{Generation, SegmentName, VmId};
 
-use super::types::{HolderSwap, Lease, LeaseSubject, NodeRecord, SegmentRecord, VmRecord, VmState};
+use super::types::{
+    Failover, HistoryEntry, HolderSwap, Lease, LeaseSubject, NodeRecord, SegmentRecord, VmRecord, VmState,
+};
 use crate::placement::Policy;
 
 #[cfg(doc)]
@@ -229,6 +231,36 @@ pub enum RegistryRequest {
         #[n(1)]
         draining: bool,
     },
+    /// The owner says how its VM fails over, and which process it is. Idempotent.
+    #[n(18)]
+    SetFailover {
+        /// The VM.
+        #[cbor(n(0), with = "crate::wire::value")]
+        vm: VmId,
+        /// The caller's generation.
+        #[cbor(n(1), with = "crate::wire::value")]
+        generation: Generation,
+        /// How; by a person's word alone when absent.
+        #[n(2)]
+        failover: Option<Failover>,
+    },
+    /// Adds an entry to a VM's history.
+    #[n(19)]
+    Note {
+        /// The VM.
+        #[cbor(n(0), with = "crate::wire::value")]
+        vm: VmId,
+        /// What happened.
+        #[n(1)]
+        entry: HistoryEntry,
+    },
+    /// A VM's history, oldest first.
+    #[n(20)]
+    History {
+        /// The VM.
+        #[cbor(n(0), with = "crate::wire::value")]
+        vm: VmId,
+    },
     /// Removes a node that holds nothing any more. Idempotent.
     #[n(17)]
     LeaveNode {
@@ -268,6 +300,9 @@ pub enum RegistryResponse {
     /// What changed.
     #[n(7)]
     Changes(#[n(0)] Changes),
+    /// A VM's history.
+    #[n(8)]
+    History(#[n(0)] Vec<HistoryEntry>),
 }
 
 /// A record that changed, or whose lease came or went. What it is now is read anew.

@@ -6,8 +6,9 @@ use segment::{Generation, SegmentName, VmId};
 use super::RegistryError;
 use super::request::RegistryRequest;
 use super::types::{
-    HolderSwap, LeaseSubject, MAX_HOLDERS, MAX_LABELS, MAX_LEASE_MS, MAX_REGISTER_SEGMENTS, MAX_TEXT_BYTES,
-    MIN_LEASE_MS, NodeRecord, SegmentRecord, VmRecord, VmState,
+    HistoryEntry, HolderSwap, LeaseSubject, MAX_DETAIL_BYTES, MAX_HISTORY, MAX_HOLDERS, MAX_LABELS,
+    MAX_LEASE_MS, MAX_PHASES, MAX_REGISTER_SEGMENTS, MAX_TEXT_BYTES, MIN_LEASE_MS, NodeRecord, SegmentRecord,
+    VmRecord, VmState,
 };
 
 /// What becomes of a record.
@@ -52,6 +53,11 @@ pub(super) fn check(request: &RegistryRequest) -> Ruled<()> {
         RegistryRequest::RegisterSegments { segments, .. } if segments.len() > MAX_REGISTER_SEGMENTS => {
             too_many("segments in one request", MAX_REGISTER_SEGMENTS as u64)
         }
+        RegistryRequest::SetFailover {
+            failover: Some(failover),
+            ..
+        } => failover.terms().map(drop).or_else(|why| invalid(why.to_string())),
+        RegistryRequest::Note { entry, .. } => check_entry(entry),
         RegistryRequest::GrantLease {
             subject,
             ttl_ms,
@@ -76,13 +82,44 @@ pub(super) fn check(request: &RegistryRequest) -> Ruled<()> {
         RegistryRequest::ListNodes { .. }
         | RegistryRequest::GetVm { .. }
         | RegistryRequest::ListVms { .. }
+        | RegistryRequest::SetFailover { failover: None, .. }
         | RegistryRequest::SetVmState { .. }
         | RegistryRequest::SetSwap { swap: None, .. }
         | RegistryRequest::ForgetVm { .. }
         | RegistryRequest::RegisterSegments { .. }
         | RegistryRequest::ListSegments { .. }
+        | RegistryRequest::History { .. }
         | RegistryRequest::AwaitChanges { .. } => Ok(()),
     }
+}
+
+fn check_entry(entry: &HistoryEntry) -> Ruled<()> {
+    check_text("node name", &entry.node)?;
+    check_text("event", &entry.event)?;
+    if entry.detail.len() > MAX_DETAIL_BYTES {
+        return invalid(format!(
+            "{} bytes of an event's reason: at most {MAX_DETAIL_BYTES}",
+            entry.detail.len()
+        ));
+    }
+    if entry.detail.contains(char::is_control) {
+        return invalid("an event's reason has control characters".into());
+    }
+    if entry.times.len() > MAX_PHASES {
+        return too_many("times of an event", MAX_PHASES as u64);
+    }
+    entry.times.iter().try_for_each(|t| check_text("phase", &t.phase))
+}
+
+/// A history with one entry more; the oldest give way.
+pub(super) fn noted(mut history: Vec<HistoryEntry>, entry: HistoryEntry, now: u64) -> Vec<HistoryEntry> {
+    history.push(HistoryEntry {
+        at_unix_ms: now,
+        ..entry
+    });
+    let excess = history.len().saturating_sub(MAX_HISTORY);
+    history.drain(..excess);
+    history
 }
 
 fn check_subject(subject: &LeaseSubject) -> Ruled<()> {
@@ -234,6 +271,15 @@ pub(super) fn changed(
                 record.swap.clone_from(swap);
                 touched(record, now)
             }),
+        RegistryRequest::SetFailover {
+            generation, failover, ..
+        } => owned(&record, *generation).map(|()| {
+            if record.failover == *failover {
+                return Step::Keep(record);
+            }
+            record.failover = *failover;
+            touched(record, now)
+        }),
         RegistryRequest::SetVmState {
             generation, state, ..
         } => owned(&record, *generation).map(|()| {
@@ -256,6 +302,8 @@ pub(super) fn changed(
         | RegistryRequest::RevokeLease { .. }
         | RegistryRequest::AwaitChanges { .. }
         | RegistryRequest::SetDraining { .. }
+        | RegistryRequest::Note { .. }
+        | RegistryRequest::History { .. }
         | RegistryRequest::LeaveNode { .. } => return None,
     };
     Some(step)
@@ -267,6 +315,7 @@ pub(super) fn vm_of(request: &RegistryRequest) -> Option<&VmId> {
         RegistryRequest::RaiseGeneration { vm, .. }
         | RegistryRequest::SetHolders { vm, .. }
         | RegistryRequest::SetSwap { vm, .. }
+        | RegistryRequest::SetFailover { vm, .. }
         | RegistryRequest::SetVmState { vm, .. } => Some(vm),
         _ => None,
     }

@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use minicbor::{Decode, Encode};
 use segment::{CheckpointId, Digest, Epoch, Generation, SegmentName, VmId};
 use serde::Serialize;
 
+use crate::lease::{LeaseTerms, TermsError};
 use crate::placement::Policy;
-use crate::wire::Held;
+use crate::wire::{Held, PhaseTime};
 
 /// The most holders of one VM.
 pub const MAX_HOLDERS: usize = 16;
@@ -33,6 +35,13 @@ pub const MAX_LEASE_MS: u64 = 600_000;
 pub const MAX_WAIT_MS: u32 = 20_000;
 /// The most segments of one VM; beyond, the oldest records are dropped (the holders still list what they have).
 pub const MAX_SEGMENTS_PER_VM: u64 = 20_000;
+
+/// The most entries of a VM's history; the oldest give way.
+pub const MAX_HISTORY: usize = 200;
+/// The most bytes of what an entry says.
+pub const MAX_DETAIL_BYTES: usize = 1024;
+/// The most times in one entry.
+pub const MAX_PHASES: usize = 16;
 
 /// What a node does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -301,6 +310,60 @@ pub struct VmRecord {
     /// The owner's lease, when that is held. The registry fills it in at each answer; it is not part of the record.
     #[n(14)]
     pub alive: Option<LiveLease>,
+    /// How it is taken over without a person's word; absent when it is not.
+    #[n(15)]
+    pub failover: Option<Failover>,
+}
+
+/// That a VM fails over by itself: its owner runs it under a lease, and by which terms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct Failover {
+    /// How long one renewal of the owner's lease lasts, in milliseconds.
+    #[n(0)]
+    pub ttl_ms: u64,
+    /// How often it is renewed, in milliseconds.
+    #[n(1)]
+    pub renew_every_ms: u64,
+    /// The owner's process: set before its guest runs, and as long as it may run the record names it.
+    #[n(2)]
+    pub process: Option<OwnerProcess>,
+    /// The owner's process ends when its lease ran out, and does not wait for another.
+    #[n(3)]
+    pub stop_on_lapse: Option<bool>,
+}
+
+impl Failover {
+    /// The terms of the lease, checked.
+    ///
+    /// # Errors
+    /// [`TermsError`] when no lease can have them.
+    pub fn terms(&self) -> Result<LeaseTerms, TermsError> {
+        LeaseTerms {
+            ttl: Duration::from_millis(self.ttl_ms),
+            renew_every: Duration::from_millis(self.renew_every_ms),
+        }
+        .check()
+    }
+}
+
+/// A process, so that whoever shares its host knows it again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct OwnerProcess {
+    /// Drawn by the host's kernel when it booted.
+    #[cbor(n(0), with = "crate::wire::value")]
+    #[serde(skip)]
+    pub boot: [u8; 16],
+    /// The inode of the process's namespace of process numbers.
+    #[n(1)]
+    pub namespace: u64,
+    /// Its number there.
+    #[n(2)]
+    pub pid: u32,
+    /// When it was started, in clock ticks since the boot.
+    #[n(3)]
+    pub started: u64,
 }
 
 impl VmRecord {
@@ -349,4 +412,51 @@ pub struct SegmentRecord {
 pub(super) fn position(name: &SegmentName) -> (u64, u64) {
     let (Generation(generation), Epoch(epoch)) = name.position();
     (generation, epoch)
+}
+
+/// Something that happened to a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct HistoryEntry {
+    /// When, in milliseconds of Unix time; the registry fills it in. For people: no decision uses it, for clocks differ.
+    #[n(0)]
+    pub at_unix_ms: u64,
+    /// Under which generation.
+    #[cbor(n(1), with = "crate::wire::value")]
+    #[serde(serialize_with = "crate::wire::number")]
+    pub generation: Generation,
+    /// Which node says so.
+    #[n(2)]
+    pub node: String,
+    /// What, in a word: a newer node may have words that this build does not know.
+    #[n(3)]
+    pub event: String,
+    /// Why and how, for a person.
+    #[n(4)]
+    pub detail: String,
+    /// What was measured.
+    #[n(5)]
+    pub times: Vec<PhaseTime>,
+}
+
+impl HistoryEntry {
+    /// An entry of now; too much text is cut.
+    #[must_use]
+    pub fn new(generation: Generation, node: &str, event: &str, mut detail: String) -> Self {
+        let mut end = detail.len().min(MAX_DETAIL_BYTES);
+        while !detail.is_char_boundary(end) {
+            end -= 1;
+        }
+        detail.truncate(end);
+        // For a terminal.
+        let detail = detail.replace(char::is_control, " ");
+        Self {
+            at_unix_ms: 0,
+            generation,
+            node: node.to_owned(),
+            event: event.to_owned(),
+            detail,
+            times: Vec::new(),
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! One connection to a holder: a task that reads frames, and one that writes messages and streams segments.
 //!
 //! Segments are streamed one after the other in the order they were given, so that a holder has stored what a segment
-//! stands on before it begins with it. Only pings go past one that is being streamed.
+//! stands on before it begins with it. Only pings and what is said of the lease go past one that is being streamed.
 
 use std::collections::{HashSet, VecDeque};
 use std::fs::File;
@@ -33,10 +33,11 @@ pub(super) enum Out {
 /// What the holder's task hears of a connection.
 #[derive(Debug)]
 pub(super) enum Heard {
-    /// It is up; this is the node's name, and where things are put to go out.
+    /// It is up; this is the node's name, the version that both speak, and where things are put to go out.
     Up {
         connection: u64,
         node: String,
+        version: u16,
         out: mpsc::UnboundedSender<Out>,
     },
     /// For the sender.
@@ -106,6 +107,7 @@ async fn talk(
         .send(Heard::Up {
             connection,
             node: welcome.node,
+            version: welcome.version,
             out,
         })
         .await
@@ -223,13 +225,13 @@ impl Writing<'_> {
         Ok(())
     }
 
-    /// Takes what came meanwhile: pings go out at once, cancellations are noted, the rest waits.
+    /// Takes what came meanwhile: pings and what is said of the lease go out at once, cancellations are noted, the rest waits.
     async fn look_up(&mut self) -> Result<(), Ended> {
         while let Ok(out) = self.outgoing.try_recv() {
             match out {
                 Out::Message {
                     stream,
-                    message: message @ Message::Ping(_),
+                    message: message @ (Message::Ping(_) | Message::Renew(_) | Message::Released(_)),
                 } => {
                     self.writer.send(stream, &message).await?;
                 }

@@ -18,32 +18,35 @@ struct Hand {
     dismiss: watch::Sender<bool>,
 }
 
+/// What each of them listens to.
+#[derive(Debug)]
+pub(super) struct Signals {
+    /// A new segment is in the spool.
+    pub(super) notify: watch::Sender<u64>,
+    /// The guest stands still for good.
+    pub(super) release: watch::Sender<bool>,
+    /// It is over.
+    pub(super) stop: watch::Sender<bool>,
+}
+
 /// All of them.
 #[derive(Debug)]
 pub(super) struct Crew {
     handle: Handle,
     shared: Arc<Shared>,
     sender: SenderConfig,
-    notify: watch::Sender<u64>,
-    stop: watch::Sender<bool>,
+    signals: Signals,
     // Changed by who changes the holders and emptied at the end; held for moments.
     hands: Mutex<Vec<Hand>>,
 }
 
 impl Crew {
-    pub(super) fn new(
-        handle: Handle,
-        shared: Arc<Shared>,
-        sender: SenderConfig,
-        notify: watch::Sender<u64>,
-        stop: watch::Sender<bool>,
-    ) -> Self {
+    pub(super) fn new(handle: Handle, shared: Arc<Shared>, sender: SenderConfig, signals: Signals) -> Self {
         Self {
             handle,
             shared,
             sender,
-            notify,
-            stop,
+            signals,
             hands: Mutex::default(),
         }
     }
@@ -52,10 +55,15 @@ impl Crew {
     pub(super) fn start(&self, at: usize, address: &str) {
         let holder = Holder::new(self.shared.clone(), at, address.to_owned(), self.sender.clone());
         let (dismiss, dismissed) = watch::channel(false);
-        let (notify, mut stop) = (self.notify.subscribe(), self.stop.subscribe());
+        let Signals {
+            notify,
+            release,
+            stop,
+        } = &self.signals;
+        let (notify, release, mut stop) = (notify.subscribe(), release.subscribe(), stop.subscribe());
         let both = dismiss.clone();
         let task = self.handle.spawn(async move {
-            let run = holder.run(notify, dismissed);
+            let run = holder.run(notify, release, dismissed);
             let mut run = std::pin::pin!(run);
             tokio::select! {
                 () = &mut run => return,

@@ -11,12 +11,15 @@ use tokio::time::Instant;
 
 use super::connection::{self, Heard, Out};
 use super::{HolderState, Shared, ShipEvent};
+use crate::clock::boottime;
 use crate::protocol::{Next, Sender, SenderAction, SenderConfig, SenderEvent, SenderState, parent_of};
 use crate::spool::{self, Spool};
 use crate::store::{Entry, StoreError};
 use crate::transport::in_full;
 use crate::wire::{Held, Message, Offer};
 
+/// How long what was said last may take to go out.
+const FAREWELL: Duration = Duration::from_millis(500);
 /// The most events that wait for the task.
 const INBOX: usize = 256;
 /// How often the spool is asked again when what it named was merged away before it could be opened.
@@ -29,7 +32,8 @@ pub(super) struct Holder {
     at: usize,
     address: String,
     sender: Sender,
-    started: Instant,
+    /// The zero of the sender's clock, which goes on while the host is suspended: leases are counted by it.
+    started: Duration,
     inbox: mpsc::Receiver<Heard>,
     heard: mpsc::Sender<Heard>,
     connection: Option<JoinHandle<()>>,
@@ -52,7 +56,7 @@ impl Holder {
             at,
             address,
             sender: Sender::new(config),
-            started: Instant::now(),
+            started: boottime(),
             inbox,
             heard,
             connection: None,
@@ -66,10 +70,22 @@ impl Holder {
     }
 
     /// Runs until `stop` changes or the holder has fenced the owner.
-    pub(super) async fn run(mut self, mut notify: watch::Receiver<u64>, mut stop: watch::Receiver<bool>) {
+    pub(super) async fn run(
+        mut self,
+        mut notify: watch::Receiver<u64>,
+        mut release: watch::Receiver<bool>,
+        mut stop: watch::Receiver<bool>,
+    ) {
         self.step(SenderEvent::Tick);
+        if *release.borrow_and_update() {
+            self.step(SenderEvent::Release);
+        }
         loop {
-            let deadline = self.sender.deadline().map(|at| self.started + at);
+            let now = boottime().saturating_sub(self.started);
+            let deadline = self
+                .sender
+                .deadline()
+                .map(|at| Instant::now() + at.saturating_sub(now));
             let wake = match (deadline, self.again) {
                 (Some(a), Some(b)) => Some(a.min(b)),
                 (a, b) => a.or(b),
@@ -91,6 +107,10 @@ impl Holder {
                         SenderEvent::Tick
                     }
                 }
+                changed = release.changed() => match changed {
+                    Ok(()) => SenderEvent::Release,
+                    Err(_) => break,
+                },
                 _ = stop.changed() => break,
             };
             self.step(event);
@@ -98,7 +118,22 @@ impl Holder {
                 break;
             }
         }
+        if *release.borrow_and_update() {
+            // Both may have come at once. (Said twice it is the same.)
+            self.step(SenderEvent::Release);
+            self.part().await;
+        }
         self.hang_up();
+    }
+
+    /// Lets what was said last go out: that the guest stands still, so that nobody waits for its lease.
+    async fn part(&mut self) {
+        self.out = None;
+        if let Some(task) = &mut self.connection
+            && tokio::time::timeout(FAREWELL, task).await.is_ok()
+        {
+            self.connection = None;
+        }
     }
 
     fn take(&mut self, heard: Heard) -> SenderEvent {
@@ -106,11 +141,12 @@ impl Holder {
             Heard::Up {
                 connection,
                 node,
+                version,
                 out,
             } => {
                 self.out = Some(out);
                 self.node = Some(node);
-                SenderEvent::Connected { connection }
+                SenderEvent::Connected { connection, version }
             }
             Heard::Event(event) => event,
             Heard::Segment { ticket, offer, file } => {
@@ -145,7 +181,7 @@ impl Holder {
         }
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
-            let now = self.started.elapsed();
+            let now = boottime().saturating_sub(self.started);
             for action in self.sender.step(event, now) {
                 if let Some(then) = self.act(action) {
                     events.push_back(then);
@@ -216,6 +252,10 @@ impl Holder {
                     .note_acked(&self.address, position(&offer.held()));
                 self.shared.stored(self.at, &offer);
             }
+            SenderAction::Granted { sent } => self.say(ShipEvent::Granted {
+                holder: self.address.clone(),
+                sent: self.started + sent,
+            }),
             SenderAction::RequestFull => {
                 tracing::info!(holder = %self.address, "the holder needs a full segment");
                 self.say(ShipEvent::NeedFull {

@@ -30,6 +30,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use crate::clock::boottime;
+use crate::lease::Electors;
 use crate::protocol::SenderConfig;
 use crate::registry::Registry;
 use crate::spool::Spool;
@@ -58,8 +60,11 @@ pub struct ShipperConfig {
     pub ack_quorum: usize,
     /// Who is told what is committed; nobody when absent.
     pub registry: Option<Registry>,
-    /// How long the owner's lease in the registry lasts after each renewal.
+    /// How long the owner's lease in the registry lasts after each renewal, when its guest does not run under one.
     pub lease_ttl: Duration,
+    /// The newest version of [`ShipEvent::Electors`] by which the owner counts the lease of its guest. An owner under a
+    /// lease that never says so keeps the holders it has.
+    pub adopted: Option<watch::Receiver<u64>>,
 }
 
 impl ShipperConfig {
@@ -80,6 +85,7 @@ impl ShipperConfig {
             ack_quorum,
             registry,
             lease_ttl: LEASE_TTL,
+            adopted: None,
         }
     }
 }
@@ -121,6 +127,26 @@ pub enum ShipEvent {
         holders: Vec<String>,
         /// How many of them make a checkpoint committed.
         ack_quorum: u32,
+    },
+    /// From now on the owner's time is granted by a quorum of each of these sets. Only for owners under a lease; until
+    /// one has said that it counts by them ([`ShipperConfig::adopted`]), the registry is not asked for another set.
+    Electors {
+        /// Counted up with every change.
+        version: u64,
+        /// The sets.
+        sets: Vec<Electors>,
+    },
+    /// A holder lets nobody else run the guest for the length of the lease.
+    Granted {
+        /// The holder.
+        holder: String,
+        /// When it was asked, by [`boottime`](crate::clock::boottime).
+        sent: Duration,
+    },
+    /// The registry has renewed the owner's lease.
+    Renewed {
+        /// When it was asked, by [`boottime`](crate::clock::boottime).
+        sent: Duration,
     },
     /// A holder that was reached before was lost.
     HolderDown {
@@ -221,7 +247,7 @@ impl View {
 /// The last renewal of the owner's lease that was answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Renewal {
-    /// When it was sent, by [`keeper_clock`].
+    /// When it was sent, by [`boottime`].
     pub sent: Duration,
     /// For how long from then the registry lets nobody else in.
     pub ttl: Duration,
@@ -234,8 +260,6 @@ impl Renewal {
         (self.sent + self.ttl).saturating_sub(now)
     }
 }
-
-pub use keeper::keeper_clock;
 
 /// What the tasks share.
 #[derive(Debug)]
@@ -296,7 +320,7 @@ impl Shared {
 
     fn lease_left(&self) -> Option<Duration> {
         let renewal = (*self.lease.borrow())?;
-        Some(renewal.left(keeper_clock())).filter(|left| !left.is_zero())
+        Some(renewal.left(boottime())).filter(|left| !left.is_zero())
     }
 
     fn show(&self, holder: usize, state: HolderState, node: Option<&str>) {
@@ -317,9 +341,10 @@ pub struct Shipper {
     shared: Arc<Shared>,
     notify: watch::Sender<u64>,
     stop: watch::Sender<bool>,
+    release: watch::Sender<bool>,
     crew: Arc<Crew>,
     registrar: Option<(Registry, JoinHandle<()>)>,
-    keeper: Option<JoinHandle<()>>,
+    keeper: Option<JoinHandle<keeper::Keeper>>,
 }
 
 impl Shipper {
@@ -338,6 +363,7 @@ impl Shipper {
             ack_quorum,
             registry,
             lease_ttl,
+            adopted,
         } = config;
         for address in &holders {
             spool.add_holder(address);
@@ -353,13 +379,21 @@ impl Shipper {
             lease: watch::Sender::new(None),
             changes: watch::Sender::new(0),
         });
-        let (notify, stop) = (watch::Sender::new(0), watch::Sender::new(false));
+        let (notify, stop, release) = (
+            watch::Sender::new(0),
+            watch::Sender::new(false),
+            watch::Sender::new(false),
+        );
+        let terms = sender.lease;
         let crew = Arc::new(Crew::new(
             handle.clone(),
             shared.clone(),
             sender,
-            notify.clone(),
-            stop.clone(),
+            crew::Signals {
+                notify: notify.clone(),
+                release: release.clone(),
+                stop: stop.clone(),
+            },
         ));
         for (at, address) in holders.iter().enumerate() {
             crew.start(at, address);
@@ -369,13 +403,15 @@ impl Shipper {
             (registry, handle.spawn(run))
         });
         let keeper = registry.map(|registry| {
-            let keeper = keeper::Keeper::new(shared.clone(), crew.clone(), registry, lease_ttl);
+            let pace = keeper::Pace::new(terms, lease_ttl, adopted);
+            let keeper = keeper::Keeper::new(shared.clone(), crew.clone(), registry, pace);
             handle.spawn(keeper.run(stop.subscribe()))
         });
         Self {
             shared,
             notify,
             stop,
+            release,
             crew,
             registrar,
             keeper,
@@ -391,6 +427,12 @@ impl Shipper {
     /// A new segment is in the spool. Never blocks.
     pub fn notify(&self) {
         self.notify.send_modify(|n| *n += 1);
+    }
+
+    /// The guest stands still for good: nobody has to wait for what was granted and leased to this owner. The holders
+    /// are told behind what they still get ([`Shipper::drain`]), the registry at the end ([`Shipper::stop`]).
+    pub fn release(&self) {
+        self.release.send_replace(true);
     }
 
     /// How shipping goes.
@@ -464,11 +506,19 @@ impl Shipper {
         // Nobody may be left to hear it.
         let _ = self.stop.send(true);
         // First who could start another task.
-        if let Some(keeper) = self.keeper {
-            let _ = keeper.await;
-        }
+        let keeper = match self.keeper {
+            // One that panicked has said so.
+            Some(keeper) => keeper.await.ok(),
+            None => None,
+        };
         for task in self.crew.take() {
             let _ = task.await;
+        }
+        if let Some(keeper) = keeper
+            && *self.release.borrow()
+        {
+            // It runs out by itself when the registry is away.
+            let _ = tokio::time::timeout(LAST_REGISTER, keeper.give_back()).await;
         }
         if let Some((registry, task)) = self.registrar {
             let _ = tokio::time::timeout(LAST_REGISTER, async {

@@ -70,7 +70,7 @@ async fn both_sides_greet() {
         let (hello, version) = expect_hello(&mut listener, "").await.unwrap();
         assert_eq!(
             (hello.purpose, hello.name.as_str(), version),
-            (Purpose::Ship, "me", 1)
+            (Purpose::Ship, "me", MAX_VERSION)
         );
         listener.writer.send(0, &welcome()).await.unwrap();
     });

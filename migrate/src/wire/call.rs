@@ -5,6 +5,7 @@ use segment::{CheckpointId, Digest, Generation, SegmentName, VmId};
 use serde::Serialize;
 
 use super::Held;
+use super::takeover::*;
 use crate::registry::{RegistryError, RegistryRequest, RegistryResponse, Stamp};
 
 /// The most segments one answer lists.
@@ -55,6 +56,15 @@ pub enum Call {
     /// From another agent: copy what the holders of a VM have, to become one.
     #[n(20)]
     Copy(#[n(0)] CopyCall),
+    /// From another agent: what became of an owner's process, if it is one of this host.
+    #[n(21)]
+    Process(#[n(0)] ProcessCall),
+    /// From another agent: what this holder sees of a VM's owner.
+    #[n(22)]
+    OwnerView(#[n(0)] OwnerViewCall),
+    /// Run a copy of a VM for a while, to see that it can be.
+    #[n(23)]
+    Drill(#[n(0)] DrillCall),
 }
 
 /// An answer.
@@ -108,6 +118,15 @@ pub enum Reply {
     /// What was copied.
     #[n(20)]
     Copied(#[n(0)] CopyReport),
+    /// What became of the process.
+    #[n(21)]
+    Process(#[n(0)] ProcessReport),
+    /// What the holder sees.
+    #[n(22)]
+    OwnerView(#[n(0)] OwnerViewReport),
+    /// A copy of the VM ran.
+    #[n(23)]
+    Drilled(#[n(0)] DrillReport),
 }
 
 /// Nothing to say beyond the question itself.
@@ -149,54 +168,6 @@ pub struct NameCall {
     pub name: SegmentName,
 }
 
-/// Which VM to run.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-#[cbor(map)]
-pub struct PromoteCall {
-    /// The VM.
-    #[cbor(n(0), with = "crate::wire::value")]
-    pub vm: VmId,
-    /// Only say what would be done.
-    #[n(1)]
-    pub dry_run: bool,
-    /// Go on from the newest that is there, even if a later one was committed and is lost.
-    #[n(2)]
-    pub accept_loss: bool,
-}
-
-/// What to copy.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-#[cbor(map)]
-pub struct CopyCall {
-    /// The VM.
-    #[cbor(n(0), with = "crate::wire::value")]
-    pub vm: VmId,
-    /// The generation it is owned under.
-    #[cbor(n(1), with = "crate::wire::value")]
-    pub generation: Generation,
-    /// The holders that have it, HOST:PORT.
-    #[n(2)]
-    pub from: Vec<String>,
-}
-
-/// What was copied.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-#[cbor(map)]
-pub struct CopyReport {
-    /// How many segments.
-    #[n(0)]
-    pub segments: u64,
-    /// How many bytes.
-    #[n(1)]
-    pub bytes: u64,
-    /// The newest checkpoint whose chain is whole there now.
-    #[n(2)]
-    pub newest: Option<Held>,
-    /// What went wrong on the way, in words.
-    #[n(3)]
-    pub notes: Vec<String>,
-}
-
 /// Which VM to forget.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 #[cbor(map)]
@@ -232,48 +203,6 @@ pub struct ForgetReport {
     /// again tells how far it is.
     #[n(3)]
     pub left: u64,
-}
-
-/// Promise a generation.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-#[cbor(map)]
-pub struct SealCall {
-    /// The VM.
-    #[cbor(n(0), with = "crate::wire::value")]
-    pub vm: VmId,
-    /// The generation that the caller raised to.
-    #[cbor(n(1), with = "crate::wire::value")]
-    pub generation: Generation,
-}
-
-/// Say what is here of a VM.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-#[cbor(map)]
-pub struct HoldingCall {
-    /// The VM.
-    #[cbor(n(0), with = "crate::wire::value")]
-    pub vm: VmId,
-    /// Check every byte of the newest chain, however long that takes; else only of a short one.
-    #[n(1)]
-    pub thorough: bool,
-}
-
-/// What a holder has.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-#[cbor(map)]
-pub struct SealReport {
-    /// The generation that is promised durably.
-    #[cbor(n(0), with = "crate::wire::value")]
-    pub generation: Generation,
-    /// The newest checkpoint whose chain is whole there.
-    #[n(1)]
-    pub newest: Option<SegmentBrief>,
-    /// The newest checkpoint it has ever acknowledged, as far as it knows.
-    #[cbor(n(2), with = "crate::wire::value", has_nil)]
-    pub had: Option<SegmentName>,
-    /// The newest checkpoint that is there without all links of its chain, when it is newer than `newest`.
-    #[n(3)]
-    pub dangling: Option<SegmentBrief>,
 }
 
 /// What is to be kept of a VM.
@@ -566,49 +495,4 @@ pub struct VmStatus {
     /// The owner that ships now; absent when none is connected.
     #[n(5)]
     pub shipping: Option<String>,
-}
-
-/// How long one phase of a promote took.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
-#[cbor(map)]
-pub struct PhaseTime {
-    /// Its name.
-    #[n(0)]
-    pub phase: String,
-    /// Microseconds.
-    #[n(1)]
-    pub us: u64,
-}
-
-/// A VM that runs here now; or, of a dry run, that would.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-#[cbor(map)]
-pub struct PromoteReport {
-    /// The VM.
-    #[cbor(n(0), with = "crate::wire::value")]
-    pub vm: VmId,
-    /// The generation it runs under.
-    #[cbor(n(1), with = "crate::wire::value")]
-    pub generation: Generation,
-    /// The checkpoint it goes on from.
-    #[n(2)]
-    pub resumed_from: Option<Held>,
-    /// From the request to the running guest.
-    #[n(3)]
-    pub total_us: u64,
-    /// Where the time went.
-    #[n(4)]
-    pub phases: Vec<PhaseTime>,
-    /// The process; absent of a dry run.
-    #[n(5)]
-    pub pid: Option<u32>,
-    /// Its control socket.
-    #[n(6)]
-    pub socket: Option<String>,
-    /// What was or would be done, in words.
-    #[n(7)]
-    pub notes: Vec<String>,
-    /// Nothing was changed.
-    #[n(8)]
-    pub dry_run: bool,
 }

@@ -117,6 +117,9 @@ frames! {
     18 Abort(Abort) max MAX_MESSAGE_BYTES, "No more chunks of the stream come, and it shall be forgotten.";
     19 Stored(Ack) max MAX_MESSAGE_BYTES, "The segment is stored durably.";
     20 Fenced(Fenced) max MAX_MESSAGE_BYTES, "The holder has promised a higher generation.";
+    21 Renew(Renew) max MAX_MESSAGE_BYTES, "The owner asks for time: its guest runs under the generation it opened with.";
+    22 Granted(Granted) max MAX_MESSAGE_BYTES, "The holder lets nobody else in for the length of the lease.";
+    23 Released(Released) max MAX_MESSAGE_BYTES, "The owner's guest stands still for good: nobody has to wait for its lease.";
     32 Call(Box<Call>) max MAX_CALL_BYTES, "A question to a registry or an agent.";
     33 Reply(Box<Reply>) max MAX_REPLY_BYTES, "Its answer, on the call's stream.";
 }
@@ -234,7 +237,27 @@ empty! {
     /// The stream is given up.
     Abort,
     /// The room is reserved.
-    Accept
+    Accept,
+    /// The owner's guest stands still for good.
+    Released
+}
+
+/// The owner asks for time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Renew {
+    /// Counted by the owner.
+    #[n(0)]
+    pub seq: u64,
+}
+
+/// The holder lets nobody else in for the length of the lease, from when it received the question.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Granted {
+    /// The question's number.
+    #[n(0)]
+    pub seq: u64,
 }
 
 /// A checkpoint by name and identity.
@@ -264,6 +287,9 @@ pub struct Open {
     /// Who it is, for messages and logs.
     #[n(2)]
     pub owner: String,
+    /// How long the lease is that it will ask for; absent when it asks for none. Kept durably with the promise.
+    #[n(3)]
+    pub lease_ttl_ms: Option<u64>,
 }
 
 /// The holder has promised the generation.

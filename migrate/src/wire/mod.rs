@@ -18,15 +18,19 @@
 
 mod call;
 mod message;
+mod takeover;
 pub mod value;
 
 pub use call::*;
 pub use message::*;
+pub use takeover::*;
 
 /// The oldest protocol version this build speaks.
 pub const MIN_VERSION: u16 = 1;
 /// The newest protocol version this build speaks.
-pub const MAX_VERSION: u16 = 1;
+pub const MAX_VERSION: u16 = 2;
+/// The first version with `Renew`, `Granted` and `Released`.
+pub const LEASE_VERSION: u16 = 2;
 
 /// The first bytes of every frame.
 pub const MAGIC: [u8; 4] = *b"USF1";

@@ -4,8 +4,8 @@ use segment::{CheckpointId, Digest, Epoch, Generation, SegmentName, VmId};
 use super::*;
 use crate::placement::Policy;
 use crate::registry::{
-    Changed, Changes, HolderSwap, Lease, LeaseSubject, LiveLease, NodeRecord, RegistryError, RegistryRequest,
-    RegistryResponse, SegmentRecord, Stamp, VmRecord, VmState,
+    Changed, Changes, Failover, HistoryEntry, HolderSwap, Lease, LeaseSubject, LiveLease, NodeRecord,
+    OwnerProcess, RegistryError, RegistryRequest, RegistryResponse, SegmentRecord, Stamp, VmRecord, VmState,
 };
 
 fn name(epoch: u64) -> SegmentName {
@@ -62,6 +62,21 @@ fn vm_record() -> VmRecord {
         leased: Some(2),
         swap: Some(swap()),
         alive: Some(live()),
+        failover: Some(failover()),
+    }
+}
+
+fn failover() -> Failover {
+    Failover {
+        ttl_ms: 2500,
+        renew_every_ms: 400,
+        process: Some(OwnerProcess {
+            boot: [5; 16],
+            namespace: 4_026_531_836,
+            pid: 77,
+            started: 12_345,
+        }),
+        stop_on_lapse: Some(true),
     }
 }
 
@@ -164,6 +179,7 @@ fn golden() -> Vec<(Message, &'static str)> {
                 vm: vm(),
                 generation: Generation(3),
                 owner: "o".into(),
+                lease_ttl_ms: None,
             }),
             "555346310a00000005000000 0b000000 a3 00 63 776562 01 03 02 61 6f",
         ),
@@ -229,6 +245,18 @@ fn golden() -> Vec<(Message, &'static str)> {
             "555346311400000005000000 0a000000 a3 00 63 776562 01 02 02 03",
         ),
         (
+            Message::Renew(Renew { seq: 5 }),
+            "555346311500000005000000 03000000 a1 00 05",
+        ),
+        (
+            Message::Granted(Granted { seq: 5 }),
+            "555346311600000005000000 03000000 a1 00 05",
+        ),
+        (
+            Message::Released(Released {}),
+            "555346311700000005000000 01000000 a0",
+        ),
+        (
             Message::Call(Box::new(Call::Seal(SealCall {
                 vm: vm(),
                 generation: Generation(3),
@@ -241,6 +269,7 @@ fn golden() -> Vec<(Message, &'static str)> {
                 newest: None,
                 had: None,
                 dangling: None,
+                grant_remaining_ms: None,
             }))),
             "555346312100000005000000 06000000 82 07 81 a1 00 03",
         ),
@@ -289,6 +318,11 @@ fn calls() -> Vec<Message> {
             generation: Generation(1),
             state: VmState::Running,
         },
+        RegistryRequest::SetFailover {
+            vm: vm(),
+            generation: Generation(1),
+            failover: Some(failover()),
+        },
         RegistryRequest::ForgetVm {
             vm: vm(),
             force: false,
@@ -298,6 +332,11 @@ fn calls() -> Vec<Message> {
             generation: Generation(2),
             segments: vec![segment_record()],
         },
+        RegistryRequest::Note {
+            vm: vm(),
+            entry: history_entry(),
+        },
+        RegistryRequest::History { vm: vm() },
         RegistryRequest::ListSegments {
             vm: vm(),
             after: Some(name(3)),
@@ -350,6 +389,7 @@ fn calls() -> Vec<Message> {
             vm: vm(),
             dry_run: true,
             accept_loss: true,
+            force: true,
         }),
         Call::Holding(HoldingCall {
             vm: vm(),
@@ -362,6 +402,10 @@ fn calls() -> Vec<Message> {
             wait_ms: None,
         }),
         Call::Fetch(NameCall { name: name(1) }),
+        Call::Drill(DrillCall {
+            vm: vm(),
+            watch_ms: 5,
+        }),
         Call::Copy(CopyCall {
             vm: vm(),
             generation: Generation(2),
@@ -370,6 +414,17 @@ fn calls() -> Vec<Message> {
     ];
     let calls = requests.into_iter().map(Call::Registry).chain(calls);
     calls.map(|c| Message::Call(Box::new(c))).collect()
+}
+
+fn history_entry() -> HistoryEntry {
+    HistoryEntry {
+        at_unix_ms: 7,
+        times: vec![PhaseTime {
+            phase: "raise".into(),
+            us: 9,
+        }],
+        ..HistoryEntry::new(Generation(2), "birch", "taken-over", "in 9 us".into())
+    }
 }
 
 fn replies() -> Vec<Message> {
@@ -386,6 +441,7 @@ fn replies() -> Vec<Message> {
             changed: vec![Changed::Vm { vm: vm() }, Changed::Node { name: "a".into() }],
             complete: true,
         }),
+        RegistryResponse::History(vec![history_entry()]),
     ];
     let owner = || "o".to_owned();
     let errors = [
@@ -514,6 +570,12 @@ fn replies() -> Vec<Message> {
             left: 3,
         }),
         Reply::Fetch(brief()),
+        Reply::Drilled(DrillReport {
+            segment: brief(),
+            recovery_us: 1,
+            age_ms: 2,
+            watched_ms: 3,
+        }),
         Reply::Copied(CopyReport {
             segments: 1,
             bytes: 2,

@@ -1,8 +1,8 @@
 //! What every registry does, whatever is behind it.
 
 use migrate::registry::{
-    MAX_HOLDERS, MAX_REGISTER_SEGMENTS, MAX_SEGMENTS_PER_VM, NewVm, NodeRecord, Registry, RegistryError,
-    RegistryRequest, SegmentRecord, VmState,
+    Failover, HistoryEntry, MAX_HISTORY, MAX_HOLDERS, MAX_REGISTER_SEGMENTS, MAX_SEGMENTS_PER_VM, NewVm,
+    NodeRecord, Registry, RegistryError, RegistryRequest, SegmentRecord, VmState,
 };
 use segment::{CheckpointId, Digest, Generation, SegmentName};
 
@@ -378,4 +378,90 @@ pub async fn the_oldest_records_go_when_there_are_too_many(r: Registry) {
     }
     let (page, _) = r.list_segments(&vm("web"), None, 1).await.unwrap();
     assert_eq!(page[0].name.epoch.0, 101);
+}
+
+pub async fn only_the_owner_says_how_it_fails_over(r: Registry) {
+    let created = r.create_vm(new_vm("web")).await.unwrap();
+    assert_eq!(created.failover, None);
+    let failover = Failover {
+        ttl_ms: 2500,
+        renew_every_ms: 400,
+        process: None,
+        stop_on_lapse: None,
+    };
+    let said = r
+        .set_failover(&vm("web"), Generation(1), Some(failover))
+        .await
+        .unwrap();
+    assert_eq!(
+        (said.failover, said.revision),
+        (Some(failover), created.revision + 1)
+    );
+    let again = r
+        .set_failover(&vm("web"), Generation(1), Some(failover))
+        .await
+        .unwrap();
+    assert_eq!(again.revision, said.revision, "nothing changed");
+    // A takeover has to know by which lease the owner before runs.
+    let raised = r.raise_generation(&vm("web"), Generation(1), "o2").await.unwrap();
+    assert_eq!(raised.failover, Some(failover));
+    let over = r.set_failover(&vm("web"), Generation(1), None).await.unwrap_err();
+    assert!(matches!(over, RegistryError::Fenced { .. }), "{over}");
+    let hasty = Failover {
+        renew_every_ms: 2000,
+        ..failover
+    };
+    let refused = r
+        .set_failover(&vm("web"), Generation(2), Some(hasty))
+        .await
+        .unwrap_err();
+    assert!(matches!(refused, RegistryError::Invalid { .. }), "{refused}");
+    let by_hand = r.set_failover(&vm("web"), Generation(2), None).await.unwrap();
+    assert_eq!(by_hand.failover, None);
+}
+
+pub async fn a_history_has_its_last_entries_and_goes_with_the_vm(r: Registry) {
+    let entry = |n: usize| {
+        HistoryEntry::new(
+            Generation(1),
+            "birch",
+            "taken-over",
+            format!("number {n}\nin {n} ms"),
+        )
+    };
+    let nobody = r.note(&vm("web"), entry(0)).await.unwrap_err();
+    assert!(matches!(nobody, RegistryError::NoSuchVm { .. }), "{nobody}");
+    r.create_vm(new_vm("web")).await.unwrap();
+    assert_eq!(r.history(&vm("web")).await.unwrap(), []);
+    for n in 0..MAX_HISTORY + 3 {
+        r.note(&vm("web"), entry(n)).await.unwrap();
+    }
+    let history = r.history(&vm("web")).await.unwrap();
+    assert_eq!(history.len(), MAX_HISTORY, "the oldest give way");
+    assert_eq!(
+        history[0].detail, "number 3 in 3 ms",
+        "and none breaks a terminal's lines"
+    );
+    assert!(history.iter().all(|e| e.at_unix_ms > 0 && e.node == "birch"));
+    assert!(
+        history
+            .windows(2)
+            .all(|two| two[0].at_unix_ms <= two[1].at_unix_ms)
+    );
+    let long = HistoryEntry {
+        detail: "x".repeat(5000),
+        ..entry(1)
+    };
+    let refused = r.note(&vm("web"), long).await.unwrap_err();
+    assert!(matches!(refused, RegistryError::Invalid { .. }), "{refused}");
+    let odd = HistoryEntry {
+        detail: "\u{1b}[2J".into(),
+        ..entry(1)
+    };
+    let refused = r.note(&vm("web"), odd).await.unwrap_err();
+    assert!(matches!(refused, RegistryError::Invalid { .. }), "{refused}");
+    r.forget_vm(&vm("web"), true).await.unwrap();
+    assert!(r.history(&vm("web")).await.is_err());
+    r.create_vm(new_vm("web")).await.unwrap();
+    assert_eq!(r.history(&vm("web")).await.unwrap(), []);
 }

@@ -232,6 +232,7 @@ async fn while_the_registry_is_away_protection_goes_on_and_nothing_is_promoted()
         vm: vm("web"),
         dry_run: false,
         accept_loss: false,
+        force: false,
     });
     let refused = client.call(call, PATIENCE).await.unwrap_err().to_string();
     assert!(

@@ -62,6 +62,8 @@ conform! {
     conformance::lists_come_in_pages,
     conformance::a_node_name_is_one_node,
     conformance::the_oldest_records_go_when_there_are_too_many,
+    conformance::only_the_owner_says_how_it_fails_over,
+    conformance::a_history_has_its_last_entries_and_goes_with_the_vm,
     leases::a_lease_is_held_while_it_is_renewed,
     leases::a_raise_ends_the_lease_of_the_owner_before,
     leases::who_waits_hears_of_changes_and_of_leases,

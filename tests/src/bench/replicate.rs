@@ -112,6 +112,9 @@ async fn start(
             ack_quorum: None,
             registry: None,
             policy: None,
+            failover: None,
+            detect: None,
+            on_lapse: None,
         }),
         generation: None,
         trust: IdentityArgs {

@@ -131,7 +131,11 @@ async fn ship(lab: &Lab, store: &Arc<FsStore>, name: &SegmentName, holder: &Agen
                 ShipEvent::HolderDown { why, .. } => bail!("the holder went away: {why}"),
                 ShipEvent::Fenced { current, .. } => bail!("the holder has promised generation {current}"),
                 ShipEvent::NeedFull { .. } => bail!("the holder asks for another full segment"),
-                ShipEvent::HolderUp { .. } | ShipEvent::HoldersChanged { .. } => {}
+                ShipEvent::HolderUp { .. }
+                | ShipEvent::HoldersChanged { .. }
+                | ShipEvent::Electors { .. }
+                | ShipEvent::Granted { .. }
+                | ShipEvent::Renewed { .. } => {}
             }
         }
         bail!("the shipper ended")

@@ -15,9 +15,17 @@ use serde_json::Value;
 
 use crate::harness::{Cluster, counter, first_counter, run_json, wait_for};
 
+mod auto;
+
 /// What the demo does.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
+    /// Three hosts, and nobody's help: the owner's host is killed, and another takes the VM over by itself.
+    #[arg(long)]
+    pub auto: bool,
+    /// How soon a lost owner is noticed, with --auto: default, fast, or like ttl=1000ms,renew=200ms.
+    #[arg(long, value_name = "PROFILE", default_value = "default")]
+    pub detect: String,
     /// Leave everything running, to play with.
     #[arg(long)]
     pub keep: bool,
@@ -48,12 +56,30 @@ pub struct Figures {
     pub resumed_from_count: u64,
     /// Pages it found damaged, before and after.
     pub bad_pages: u64,
-    /// From the operator's word to the running guest.
+    /// From the decision (the operator's word, or the watcher's verdict) to the running guest.
     pub promote_to_running_ms: f64,
+    /// What nobody had to do, of a takeover without help.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub auto: Option<AutoFigures>,
     /// Bytes of the changed pages in all checkpoints.
     pub bytes_raw: u64,
     /// Bytes sent to one holder for them.
     pub bytes_shipped: u64,
+}
+
+/// The figures of a takeover without help, all by this machine's clock.
+#[derive(Debug, Clone, Serialize)]
+pub struct AutoFigures {
+    /// From the death of the host to the verdict that the owner is lost.
+    pub detection_ms: f64,
+    /// From the verdict to the running guest.
+    pub takeover_ms: f64,
+    /// From the death of the host to the guest's first words elsewhere.
+    pub total_ms: f64,
+    /// Why it was taken over.
+    pub cause: String,
+    /// Where the guest runs now.
+    pub node: String,
 }
 
 const VM: &str = "demo";
@@ -87,7 +113,18 @@ pub fn tell(options: &Options) -> Result<Figures> {
         // The folder must outlive this process.
         let _ = temporary.keep();
     }
+    let (figures, agent) = match options.auto {
+        true => auto::tell(options, &mut cluster)?,
+        false => (by_hand(options, &mut cluster)?, 1),
+    };
+    write(&options.json, &figures)?;
+    if options.keep {
+        farewell(&cluster, &folder, agent);
+    }
+    Ok(figures)
+}
 
+fn by_hand(options: &Options, cluster: &mut Cluster) -> Result<Figures> {
     say("1/6  Two hosts: a standby agent on each, the first keeps the registry.");
     for name in ["alder", "birch"] {
         let agent = cluster.start_agent(name, &[])?;
@@ -119,7 +156,7 @@ pub fn tell(options: &Options) -> Result<Figures> {
     ));
 
     say("3/6  It is checkpointed every 200 ms; a checkpoint counts when both agents have it on disk.");
-    let seen = watch(&cluster, &machine, options.epochs, work_mib)?;
+    let seen = watch(cluster, &machine, options.epochs, work_mib)?;
 
     say(format!("4/6  The host dies: SIGKILL to process {}.", machine.pid));
     machine.kill()?;
@@ -153,14 +190,10 @@ pub fn tell(options: &Options) -> Result<Figures> {
     say(format!("     (the command took {} ms in all)", total.as_millis()));
 
     let successor = cluster.adopt(VM, 1, pid);
-    let result = go_on(&cluster, &successor, &seen, &last_words, killed_at, running_ms);
+    say("6/6  The guest goes on, and checks every page it has.");
+    let result = go_on(cluster, &successor, &seen, &last_words, killed_at, running_ms);
     cluster.own(successor);
-    let figures = result?;
-    write(&options.json, &figures)?;
-    if options.keep {
-        farewell(&cluster, &folder);
-    }
-    Ok(figures)
+    result
 }
 
 /// What was seen of the protected guest.
@@ -227,7 +260,6 @@ fn go_on(
     killed_at: u64,
     running_ms: f64,
 ) -> Result<Figures> {
-    say("6/6  The guest goes on, and checks every page it has.");
     let pages = seen.work_mib << 8;
     let progress = bar(pages, "pages checked since")?;
     let (first, last) = wait_for("the guest to check its memory", || {
@@ -279,6 +311,7 @@ fn go_on(
         resumed_from_count: resumed_from,
         bad_pages,
         promote_to_running_ms: running_ms,
+        auto: None,
         bytes_raw: seen.raw,
         bytes_shipped: seen.shipped,
     })
@@ -294,8 +327,9 @@ fn write(path: &Path, figures: &Figures) -> Result<()> {
     Ok(())
 }
 
-fn farewell(cluster: &Cluster, folder: &Path) {
-    let (agent, run) = (&cluster.agents[1], cluster.agents[1].data.join("run"));
+fn farewell(cluster: &Cluster, folder: &Path, agent: usize) {
+    let agent = &cluster.agents[agent];
+    let run = agent.data.join("run");
     let vmm = cluster.binaries.vmm.display();
     let standby = cluster.binaries.standby.display();
     say(format!("\nEverything is still running, in {}:", folder.display()));
@@ -304,7 +338,7 @@ fn farewell(cluster: &Cluster, folder: &Path) {
     say(format!("  {standby} ls --agent {}", agent.address));
     say(format!("  {vmm} stop --run-dir {} {VM}", run.display()));
     say(format!(
-        "To end the agents: kill {}",
+        "To end the agents (and hosts, with all that runs on them): kill -9 {}",
         cluster.agent_pids().join(" ")
     ));
 }

@@ -280,9 +280,9 @@ impl Host {
             }
             End::Vm(RunState::Ended(GuestEnd::Failed(why))) => Outcome::GuestFailed(why),
             End::Vm(RunState::Ended(GuestEnd::Reset | GuestEnd::PowerOff)) => Outcome::Ended,
-            End::Vm(RunState::Stopped | RunState::Paused | RunState::Running) | End::Quit | End::Asked => {
-                Outcome::Done
-            }
+            End::Vm(RunState::Stopped | RunState::Paused | RunState::Lapsed { .. } | RunState::Running)
+            | End::Quit
+            | End::Asked => Outcome::Done,
         };
         // Of a fenced VM nothing is told to anyone: it is another's now, and its memory goes with this process.
         let stopped = match outcome {

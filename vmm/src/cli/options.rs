@@ -9,7 +9,7 @@ use segment::VmId;
 
 use super::{CliError, rundir, size};
 use crate::config::{StoreConfig, VmConfig};
-use crate::session::Protection;
+use crate::session::{FailoverMode, OnLapse, Protection};
 
 /// Where the VMs of this host are found.
 #[derive(Debug, Clone, Args)]
@@ -68,6 +68,17 @@ pub(super) struct Keeping {
     /// The agents that answer for the registry [default: the ones the holders name]
     #[arg(long, value_name = "HOST:PORT,..")]
     registry: Option<String>,
+    /// Whether the guest runs under a lease and stands still when neither the registry nor enough holders renew it, so
+    /// that no other host runs it at the same time [default: manual]
+    #[arg(long, value_enum, value_name = "HOW")]
+    failover: Option<FailoverMode>,
+    /// How long that lease is: default (2.5 s), fast (240 ms, for a healthy LAN), or like ttl=2500ms,renew=400ms
+    #[arg(long, value_name = "PROFILE")]
+    detect: Option<String>,
+    /// What becomes of the process when that lease ran out: it waits for another one, or ends as if it was fenced
+    /// [default: standby]
+    #[arg(long, value_enum, value_name = "WHAT")]
+    on_lapse: Option<OnLapse>,
     #[command(flatten)]
     pub(super) trust: IdentityArgs,
 }
@@ -106,8 +117,11 @@ impl Keeping {
                 holders,
                 every_ms: before.as_ref().map_or(200, |before| before.every_ms),
                 ack_quorum: before.as_ref().and_then(|before| before.ack_quorum),
-                registry: before.and_then(|before| before.registry),
+                registry: before.as_ref().and_then(|before| before.registry.clone()),
                 policy: None,
+                failover: before.as_ref().and_then(|before| before.failover),
+                detect: before.as_ref().and_then(|before| before.detect.clone()),
+                on_lapse: before.and_then(|before| before.on_lapse),
             });
         }
         if self.protect {
@@ -126,18 +140,33 @@ impl Keeping {
                 ack_quorum: None,
                 registry: None,
                 policy: Some(policy),
+                failover: config.protection.as_ref().and_then(|before| before.failover),
+                detect: config
+                    .protection
+                    .as_ref()
+                    .and_then(|before| before.detect.clone()),
+                on_lapse: config.protection.as_ref().and_then(|before| before.on_lapse),
             });
         }
         match &mut config.protection {
             Some(protection) => {
                 protection.every_ms = self.every.unwrap_or(protection.every_ms);
                 protection.ack_quorum = self.ack_quorum.or(protection.ack_quorum);
+                protection.failover = self.failover.or(protection.failover);
+                protection.on_lapse = self.on_lapse.or(protection.on_lapse);
+                protection.detect = self.detect.clone().or_else(|| protection.detect.take());
                 protection.registry = self.registry.clone().or_else(|| protection.registry.take());
             }
-            None if self.every.is_some() || self.ack_quorum.is_some() || self.registry.is_some() => {
+            None if self.every.is_some()
+                || self.ack_quorum.is_some()
+                || self.registry.is_some()
+                || self.failover.is_some()
+                || self.detect.is_some()
+                || self.on_lapse.is_some() =>
+            {
                 return Err(CliError::Said(
-                    "--every, --ack-quorum and --registry say how a VM is protected: say to where with --protect-to \
-                     HOST:PORT, or have holders chosen with --protect"
+                    "--every, --ack-quorum, --registry, --failover, --detect and --on-lapse say how a VM is protected: say to where with \
+                     --protect-to HOST:PORT, or have holders chosen with --protect"
                         .into(),
                 ));
             }

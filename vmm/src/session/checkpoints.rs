@@ -259,11 +259,13 @@ impl Thread {
                     pause = every.max(AFTER_FAILURE);
                 }
             }
-            RunState::Paused if !self.rested => match self.take(CheckpointRequest::default()) {
-                Ok(_) => self.rested = true,
-                Err(_) => pause = every.max(AFTER_FAILURE),
-            },
-            RunState::Paused => {}
+            RunState::Paused | RunState::Lapsed { .. } if !self.rested => {
+                match self.take(CheckpointRequest::default()) {
+                    Ok(_) => self.rested = true,
+                    Err(_) => pause = every.max(AFTER_FAILURE),
+                }
+            }
+            RunState::Paused | RunState::Lapsed { .. } => {}
             RunState::Fenced { .. } | RunState::Ended(_) | RunState::Stopped => self.every = None,
         }
         self.due = self.every.map(|_| (start + pause).max(Instant::now()));

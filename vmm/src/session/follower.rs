@@ -7,6 +7,7 @@ use segment::{Generation, VmId};
 use tokio::sync::mpsc;
 
 use super::checkpoints::{Orders, Progress};
+use super::lease::{LeaseKeeper, News};
 use super::lock;
 use crate::control::VmHandle;
 
@@ -17,6 +18,8 @@ pub(super) struct Follower {
     pub(super) generation: Generation,
     pub(super) orders: Orders,
     pub(super) progress: Arc<Mutex<Progress>>,
+    /// Who counts the lease; absent when the guest runs without one.
+    pub(super) lease: Option<LeaseKeeper>,
 }
 
 impl Follower {
@@ -28,6 +31,9 @@ impl Follower {
                     self.orders.tidy();
                 }
                 ShipEvent::Fenced { holder, current } => self.fenced(&holder, current).await,
+                ShipEvent::Granted { holder, sent } => self.tell(News::Granted { holder, sent }),
+                ShipEvent::Renewed { sent } => self.tell(News::Renewed { sent }),
+                ShipEvent::Electors { version, sets } => self.tell(News::Electors { version, sets }),
                 ShipEvent::NeedFull { holder } => {
                     tracing::info!(vm = %self.name, %holder, "the holder needs a full checkpoint");
                     self.orders.full();
@@ -49,12 +55,24 @@ impl Follower {
         }
     }
 
+    fn tell(&self, news: News) {
+        if let Some(lease) = &self.lease {
+            lease.tell(news);
+        }
+    }
+
     /// Rule 9: refused as stale, the owner pauses its guest.
     async fn fenced(&self, holder: &str, current: Generation) {
         let reason = format!(
             "{holder} has promised generation {current} of VM {}, and this is generation {}: another host may run it now",
             self.name, self.generation
         );
+        // At once, before anything is waited for.
+        self.vm.leash().cut();
+        self.tell(News::Fenced {
+            by: holder.to_owned(),
+            current,
+        });
         let vm = self.vm.clone();
         let told = reason.clone();
         let paused = tokio::task::spawn_blocking(move || vm.fence(&told)).await;

@@ -2,18 +2,26 @@
 
 use std::time::Duration;
 
+use migrate::failover::{lease_left, seals_needed};
+use migrate::lease::{Electors, LeaseTerms};
 use migrate::placement::{Placing, Policy, place};
-use migrate::registry::{NewVm, Registry, RegistryError, VmRecord, VmState};
+use migrate::process;
+use migrate::registry::{Failover, HistoryEntry, NewVm, Registry, RegistryError, VmRecord, VmState};
 use migrate::spool::Position;
 use migrate::transport::{Client, Identity, IdentityArgs};
 use segment::{Generation, VmId};
 
+use migrate::wire::{Call, LEASE_VERSION, Reply, SealCall};
+
+use super::report::{FailoverMode, OnLapse};
 use super::{Protection, SessionError};
 
 /// The shortest pause between checkpoints that is taken for meant.
 const MIN_EVERY_MS: u64 = 1;
 /// The longest.
 const MAX_EVERY_MS: u64 = 3_600_000;
+/// The longest that a holder can have granted: the longest lease, twice for good measure.
+const MAX_GRANT_MS: u64 = 2 * migrate::lease::MAX_TTL.as_millis() as u64;
 /// How long the registry may take to be told of a change.
 const ANNOUNCE_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -25,6 +33,10 @@ pub(super) struct Ownership {
     pub(super) registry: Registry,
     pub(super) protection: Protection,
     pub(super) ack_quorum: usize,
+    /// The holders as they were when protection was asked for; those it has now are in `protection`.
+    named: Vec<String>,
+    /// The lease the guest runs under; none when only a person's word takes it over.
+    pub(super) lease: Option<LeaseTerms>,
 }
 
 impl Ownership {
@@ -43,7 +55,8 @@ impl Ownership {
             protection.ack_quorum = Some(policy.ack_quorum as usize);
         }
         let ack_quorum = check(&protection)?;
-        let (mut up, mut down) = (0, Vec::new());
+        let wanted = terms(&protection)?;
+        let (mut up, mut can_grant, mut down) = (0, 0, Vec::new());
         // Every agent that answers for the registry: when one of them is gone another is asked. (Should they belong to
         // two registries, the answers of one are refused by what was seen of the other.)
         let mut found: Vec<String> = Vec::new();
@@ -51,6 +64,9 @@ impl Ownership {
             match Client::connect(address, &identity).await {
                 Ok(client) => {
                     up += 1;
+                    if client.welcome().version >= LEASE_VERSION {
+                        can_grant += 1;
+                    }
                     let registry = client
                         .welcome()
                         .registry
@@ -72,15 +88,66 @@ impl Ownership {
                 why: down.join("; "),
             });
         }
+        if wanted.is_some() && can_grant < ack_quorum {
+            return Err(SessionError::Protection(format!(
+                "--failover auto needs {ack_quorum} holders that grant leases, and {can_grant} of those that answer do: \
+                 update the others, or let it be taken over by hand with --failover manual"
+            )));
+        }
         let address = protection.registry.get_or_insert_with(|| found.join(","));
         let registry = Registry::remote(address, &identity);
         Ok(Self {
             vm: vm.clone(),
+            named: protection.holders.clone(),
             identity,
             registry,
             protection,
             ack_quorum,
+            lease: wanted,
         })
+    }
+
+    /// What becomes of this process without a lease.
+    pub(super) fn on_lapse(&self) -> OnLapse {
+        self.protection.on_lapse.unwrap_or_default()
+    }
+
+    /// Who grants the guest its time.
+    pub(super) fn electors(&self) -> Electors {
+        Electors::new(&self.protection.holders, self.quorum())
+    }
+
+    /// Says in the registry how the VM fails over, and which process may run it: before its guest runs. Learns the
+    /// holders that the record names, which may have changed since this process asked for them.
+    pub(super) async fn arrange(&mut self, generation: Generation) -> Result<(), SessionError> {
+        let failover = match self.lease {
+            None => None,
+            Some(LeaseTerms { ttl, renew_every }) => Some(Failover {
+                ttl_ms: ttl.as_millis() as u64,
+                renew_every_ms: renew_every.as_millis() as u64,
+                stop_on_lapse: (self.on_lapse() == OnLapse::Stop).then_some(true),
+                process: Some(process::this().map_err(SessionError::Thread)?),
+            }),
+        };
+        match self.registry.set_failover(&self.vm, generation, failover).await {
+            Ok(record) => {
+                self.ack_quorum = record.ack_quorum as usize;
+                self.protection.holders = record.holders;
+                Ok(())
+            }
+            // One of the version before cannot be told, and does not have to be.
+            Err(error) if failover.is_none() && !matches!(error, RegistryError::Fenced { .. }) => {
+                tracing::warn!(vm = %self.vm, %error, "the registry was not told that the VM is taken over by hand only");
+                Ok(())
+            }
+            Err(error) => Err(self.refused(error)),
+        }
+    }
+
+    /// Says in the registry that the VM does not fail over by itself any more.
+    pub(super) async fn disarrange(&self, generation: Generation) -> Result<(), SessionError> {
+        let told = self.registry.set_failover(&self.vm, generation, None).await;
+        told.map(drop).map_err(|e| self.refused(e))
     }
 
     fn refused(&self, source: RegistryError) -> SessionError {
@@ -103,7 +170,9 @@ impl Ownership {
         let mut record = match self.registry.get_vm(&self.vm).await {
             Ok(record) if record.state == VmState::Stopped => {
                 self.not_behind(&record, implied)?;
-                self.raise(&record).await?
+                let raised = self.raise(&record).await?;
+                self.run_out(&record, &raised).await?;
+                raised
             }
             Ok(record) => return Err(self.refused(taken(record))),
             Err(RegistryError::NoSuchVm { .. }) => self.create().await?,
@@ -114,6 +183,61 @@ impl Ownership {
             record = self.raise(&record).await?;
         }
         self.set_holders(record).await
+    }
+
+    /// Stopped may also mean that a takeover did not come to its end: then the owner before may run still, and its time has
+    /// to run out as after any takeover.
+    async fn run_out(&self, before: &VmRecord, raised: &VmRecord) -> Result<(), SessionError> {
+        if raised.failover.is_none() {
+            return Ok(());
+        }
+        let mut left = lease_left(before, raised);
+        // One that had a lease under this generation has said itself that it stopped, and is granted nothing.
+        if before.leased != Some(before.generation.0) {
+            let needed = seals_needed(raised.holders.len(), raised.ack_quorum as usize);
+            let (mut sealed, mut down) = (0, Vec::new());
+            for holder in &raised.holders {
+                match self.seal(holder, raised.generation).await {
+                    Ok(granted) => {
+                        sealed += 1;
+                        left = left.max(granted);
+                    }
+                    Err(why) => down.push(format!("{holder}: {why}")),
+                }
+            }
+            if sealed < needed {
+                return Err(SessionError::Holders {
+                    up: sealed,
+                    holders: raised.holders.len(),
+                    quorum: needed,
+                    why: down.join("; "),
+                });
+            }
+        }
+        if !left.is_zero() {
+            tracing::info!(vm = %self.vm, time = ?left, "waiting until the owner before has to stand still");
+            tokio::time::sleep(left).await;
+        }
+        Ok(())
+    }
+
+    /// Has a holder promise a generation; for how long what it granted before still holds.
+    async fn seal(&self, holder: &str, generation: Generation) -> Result<Duration, String> {
+        let mut client = Client::connect(holder, &self.identity)
+            .await
+            .map_err(|e| super::chain(&e))?;
+        let call = Call::Seal(SealCall {
+            vm: self.vm.clone(),
+            generation,
+        });
+        match client.call(call, ANNOUNCE_DEADLINE).await {
+            Ok(Reply::Sealed(report)) => Ok(Duration::from_millis(
+                report.grant_remaining_ms.unwrap_or(0).min(MAX_GRANT_MS),
+            )),
+            Ok(Reply::Fenced(fenced)) => Err(format!("it has promised generation {}", fenced.current)),
+            Ok(_) => Err("it answered something else".into()),
+            Err(e) => Err(super::chain(&e)),
+        }
     }
 
     /// Becomes the owner of a VM the registry does not know, under a generation it already has.
@@ -222,7 +346,11 @@ impl Ownership {
     pub(super) async fn announce(&self, generation: Generation, state: VmState) -> Result<(), SessionError> {
         let told = self.registry.set_vm_state(&self.vm, generation, state);
         match tokio::time::timeout(ANNOUNCE_DEADLINE, told).await {
-            Ok(answer) => answer.map(drop).map_err(|e| self.refused(e)),
+            Ok(answer) => {
+                answer.map_err(|e| self.refused(e))?;
+                self.note(generation, state);
+                Ok(())
+            }
             Err(_) => Err(self.refused(RegistryError::Unavailable {
                 address: self.registry.address(),
                 why: format!("no answer for {} s", ANNOUNCE_DEADLINE.as_secs()),
@@ -230,12 +358,28 @@ impl Ownership {
         }
     }
 
+    /// For the VM's history; not waited for.
+    fn note(&self, generation: Generation, state: VmState) {
+        let (registry, vm) = (self.registry.clone(), self.vm.clone());
+        let how = format!("by process {}", std::process::id());
+        let entry = HistoryEntry::new(generation, self.identity.name(), &state.to_string(), how);
+        tokio::spawn(async move {
+            let noted = tokio::time::timeout(ANNOUNCE_DEADLINE, registry.note(&vm, entry)).await;
+            if !matches!(noted, Ok(Ok(()))) {
+                tracing::debug!(%vm, "the VM's history lacks an entry");
+            }
+        });
+    }
+
     /// Whether `other` differs in the pace at most.
     pub(super) fn same_cluster(&self, other: &Protection) -> bool {
         // Chosen by a policy: they are the ones it has, whatever has become of them since.
         let chosen = other.holders.is_empty() && other.policy == self.protection.policy;
-        (chosen || other.holders == self.protection.holders)
+        (chosen || other.holders == self.named || other.holders == self.protection.holders)
             && other.ack_quorum.is_none_or(|quorum| quorum == self.ack_quorum)
+            && (other.failover.is_none() || other.failover == self.protection.failover)
+            && (other.on_lapse.is_none() || other.on_lapse == self.protection.on_lapse)
+            && (other.detect.is_none() || other.detect == self.protection.detect)
             && (other.registry.is_none() || other.registry == self.protection.registry)
     }
 }
@@ -285,6 +429,26 @@ async fn choose(
         tracing::warn!(%vm, why = %placement.shortage(), "fewer holders than asked for, until there are more nodes");
     }
     Ok(placement.addresses())
+}
+
+/// The lease that a protection asks for.
+fn terms(protection: &Protection) -> Result<Option<LeaseTerms>, SessionError> {
+    let terms = protection
+        .detect
+        .as_deref()
+        .map(str::parse::<LeaseTerms>)
+        .transpose();
+    let terms = terms.map_err(SessionError::Protection)?;
+    match (protection.failover.unwrap_or_default(), terms) {
+        (FailoverMode::Auto, terms) => Ok(Some(terms.unwrap_or_default())),
+        (FailoverMode::Manual, None) if protection.on_lapse.is_none() => Ok(None),
+        (FailoverMode::Manual, None) => Err(SessionError::Protection(
+            "--on-lapse says what becomes of an owner without a lease: it goes with --failover auto".into(),
+        )),
+        (FailoverMode::Manual, Some(_)) => Err(SessionError::Protection(
+            "--detect says how fast a lost owner is noticed: it goes with --failover auto".into(),
+        )),
+    }
 }
 
 fn taken(record: VmRecord) -> RegistryError {

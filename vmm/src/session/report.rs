@@ -26,6 +26,42 @@ pub struct Protection {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub policy: Option<Policy>,
+    /// Whether the guest runs under a lease, so that it stands still before another host may run it; `manual` when left
+    /// out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failover: Option<FailoverMode>,
+    /// How fast a lost owner is noticed: `default`, `fast`, or like `ttl=2500ms,renew=400ms`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detect: Option<String>,
+    /// What becomes of the process when its lease ran out: `standby` when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_lapse: Option<OnLapse>,
+}
+
+/// What becomes of an owner whose lease ran out: its guest stands still.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum, utoipa::ToSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum OnLapse {
+    /// It waits: the guest goes on when the lease is renewed, which shows that nobody has taken it over.
+    #[default]
+    Standby,
+    /// It ends at once, as one that was fenced.
+    Stop,
+}
+
+/// How a VM is taken over.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum, utoipa::ToSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum FailoverMode {
+    /// The guest runs under a lease of the registry or of enough holders, and stands still without one.
+    Auto,
+    /// The guest runs without a lease, until it is refused as stale.
+    #[default]
+    Manual,
 }
 
 fn default_every_ms() -> u64 {
@@ -159,6 +195,15 @@ pub struct ProtectionStatus {
     /// The agent that keeps the registry.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registry: Option<String>,
+    /// How it is taken over.
+    #[serde(default)]
+    pub failover: FailoverMode,
+    /// How fast a lost owner is noticed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detect: Option<String>,
+    /// What becomes of it without a lease.
+    #[serde(default)]
+    pub on_lapse: OnLapse,
     /// Each holder.
     pub holders: Vec<HolderReport>,
 }

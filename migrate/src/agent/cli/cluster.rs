@@ -1,4 +1,4 @@
-//! Commands about the cluster: `explain`, `drain`, `join`, `leave`.
+//! Commands about the cluster: `explain`, `history`, `drill`, `drain`, `join`, `leave`.
 
 use std::time::Duration;
 
@@ -7,9 +7,13 @@ use segment::VmId;
 use serde_json::json;
 
 use super::{Agency, CliError, connect, print, print_json};
+use crate::agent::view;
 use crate::placement::{self, Placing, Policy, Verdict, Watched};
 use crate::registry::{NodeRecord, Registry, VmRecord};
+use crate::wire::{Call, DrillCall, Reply};
 
+/// How long a copy may take to run, beside the time it is watched.
+const DRILL_DEADLINE: Duration = Duration::from_secs(300);
 /// How often a drain that is waited for is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -98,6 +102,66 @@ impl Explain {
         }
         print(&format!("{out}{verdict}"));
         Ok(())
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Drill {
+    /// The VM.
+    vm: VmId,
+    /// For how long the copy has to be seen to run.
+    #[arg(long, value_name = "TIME", default_value = "5s")]
+    watch: humantime::Duration,
+    /// As JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Drill {
+    pub(super) async fn run(self, agent: &Agency) -> Result<(), CliError> {
+        let watch: Duration = self.watch.into();
+        let call = Call::Drill(DrillCall {
+            vm: self.vm.clone(),
+            watch_ms: u64::try_from(watch.as_millis()).unwrap_or(u64::MAX),
+        });
+        let mut client = connect(agent).await?;
+        let report = match client.call(call, DRILL_DEADLINE.saturating_add(watch)).await? {
+            Reply::Drilled(report) => report,
+            _ => return Err(CliError::Mismatch),
+        };
+        if self.json {
+            return print_json(&report);
+        }
+        print(&format!(
+            "a copy of {} ran {} ms after the word, for {:.1} s; its state was {:.1} s old. It is ended, and nothing of it is left",
+            report.segment.name,
+            report.recovery_us / 1000,
+            report.watched_ms as f64 / 1000.0,
+            report.age_ms as f64 / 1000.0
+        ));
+        Ok(())
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct History {
+    /// The VM.
+    vm: VmId,
+    /// As JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+impl History {
+    pub(super) async fn run(self, agent: &Agency) -> Result<(), CliError> {
+        let history = registry(agent).await?.history(&self.vm).await?;
+        match self.json {
+            true => print_json(&history),
+            false => {
+                print(&view::history(&self.vm, &history));
+                Ok(())
+            }
+        }
     }
 }
 

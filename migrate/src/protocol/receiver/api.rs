@@ -1,5 +1,7 @@
 //! What a receiver is told, and what it says.
 
+use std::time::Duration;
+
 use segment::{Generation, VmId};
 
 use crate::wire::{Held, Message, Offer, RefuseReason};
@@ -89,6 +91,11 @@ pub enum ReceiverEvent<P> {
         /// How it ended.
         result: CommitResult<P>,
     },
+    /// The answer to [`ReceiverAction::Grant`]: it was granted. (One that cannot be is answered by nothing.)
+    Granted {
+        /// The question's number.
+        seq: u64,
+    },
     /// Another connection has opened the VM, or another agent has sealed it.
     Superseded {
         /// The generation that is promised now.
@@ -115,6 +122,28 @@ pub enum ReceiverAction {
         /// The VM.
         vm: VmId,
         /// The generation.
+        generation: Generation,
+        /// How long the leases are that its owner will ask for: to be as durable as the promise, since a holder that
+        /// restarts has to let nobody else in for as long.
+        lease: Option<Duration>,
+    },
+    /// The owner is heard, and asks for time: to be granted only while its generation is the promised one, in one step
+    /// with that look; answer `Granted`.
+    Grant {
+        /// The VM.
+        vm: VmId,
+        /// The owner's generation.
+        generation: Generation,
+        /// The question's number.
+        seq: u64,
+        /// The length of the lease.
+        ttl: Duration,
+    },
+    /// The owner's guest stands still for good: what it was granted is over, if its generation is the promised one.
+    Release {
+        /// The VM.
+        vm: VmId,
+        /// The owner's generation.
         generation: Generation,
     },
     /// Look up the newest checkpoint whose chain is whole; answer `Found`.

@@ -19,7 +19,10 @@ use std::time::Duration;
 use segment::{Generation, VmId};
 
 use super::Proof;
-use crate::wire::{Accept, Ack, Fenced, Message, Offer, Open, Ping, Position, Refuse, Reject};
+use crate::lease::{MAX_TTL, MIN_TTL};
+use crate::wire::{
+    Accept, Ack, Fenced, Granted, Message, Offer, Open, Ping, Position, Refuse, Reject, Renew,
+};
 
 /// The most transfers that are not finished, on one connection.
 pub const MAX_TRANSFERS: usize = 128;
@@ -60,6 +63,8 @@ pub struct Receiver {
     vm: Option<VmId>,
     generation: Generation,
     owner: String,
+    /// How long a lease of the owner's is; none when it asks for none.
+    lease: Option<Duration>,
     transfers: BTreeMap<u32, Transfer>,
     last_heard: Duration,
     last_sent: Duration,
@@ -76,6 +81,7 @@ impl Receiver {
             vm: None,
             generation: Generation(0),
             owner: String::new(),
+            lease: None,
             transfers: BTreeMap::new(),
             last_heard: now,
             last_sent: now,
@@ -131,6 +137,12 @@ impl Receiver {
             }
             ReceiverEvent::Begun { transfer, result } => self.begun(transfer, result, &mut actions),
             ReceiverEvent::Committed { transfer, result } => self.committed(transfer, result, &mut actions),
+            ReceiverEvent::Granted { seq } => match self.state {
+                State::Finding | State::Open | State::Promising => {
+                    send(0, Message::Granted(Granted { seq }), &mut actions);
+                }
+                State::Fresh | State::Closed => {}
+            },
             ReceiverEvent::Superseded { current } => {
                 if current > self.generation && self.vm.is_some() {
                     self.fenced(current, &mut actions);
@@ -160,6 +172,8 @@ impl Receiver {
         match message {
             Message::Ping(_) => {}
             Message::Open(open) => self.open(open, actions),
+            Message::Renew(renew) => self.renew(renew, actions),
+            Message::Released(_) => self.released(actions),
             Message::Offer(offer) => self.offer(stream, offer, actions),
             Message::Chunk(bytes) => self.chunk(stream, bytes, actions),
             Message::End(_) => self.end(stream, actions),
@@ -187,6 +201,7 @@ impl Receiver {
             | Message::Refuse(_)
             | Message::Stored(_)
             | Message::Fenced(_)
+            | Message::Granted(_)
             | Message::Call(_)
             | Message::Reply(_) => self.out_of_order(message.kind().name(), actions),
         }
@@ -210,14 +225,49 @@ impl Receiver {
                 return self.out_of_order("Open", actions);
             }
         }
+        let lease = open.lease_ttl_ms.map(Duration::from_millis);
+        if let Some(ttl) = lease.filter(|ttl| !(MIN_TTL..=MAX_TTL).contains(ttl)) {
+            let why = format!("a lease of {ttl:?}: {MIN_TTL:?} to {MAX_TTL:?} is possible");
+            return self.close(Reject::PROTOCOL, why, actions);
+        }
         self.state = State::Promising;
         self.generation = open.generation;
         self.owner = open.owner;
+        self.lease = lease;
         self.vm = Some(open.vm.clone());
         actions.push(ReceiverAction::Promise {
             vm: open.vm,
             generation: open.generation,
+            lease,
         });
+    }
+
+    /// The owner asks for time, once its generation is promised here.
+    fn renew(&mut self, renew: Renew, actions: &mut Vec<ReceiverAction>) {
+        let promised = matches!(self.state, State::Finding | State::Open);
+        match (self.vm.clone(), self.lease) {
+            (Some(vm), Some(ttl)) if promised => actions.push(ReceiverAction::Grant {
+                vm,
+                generation: self.generation,
+                seq: renew.seq,
+                ttl,
+            }),
+            // It opened again, and one that it sent before went past that: the next will be answered.
+            (Some(_), Some(_)) if self.state == State::Promising => {}
+            _ => self.out_of_order("Renew", actions),
+        }
+    }
+
+    fn released(&mut self, actions: &mut Vec<ReceiverAction>) {
+        match (self.state, self.vm.clone()) {
+            (State::Promising | State::Finding | State::Open, Some(vm)) => {
+                actions.push(ReceiverAction::Release {
+                    vm,
+                    generation: self.generation,
+                });
+            }
+            _ => self.out_of_order("Released", actions),
+        }
     }
 
     fn promised(&mut self, result: PromiseResult, actions: &mut Vec<ReceiverAction>) {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use segment::{Generation, VmId};
 
+use crate::lease::LeaseTerms;
 use crate::wire::{Held, Message, Offer};
 
 /// The limits and times of a sender.
@@ -21,6 +22,8 @@ pub struct SenderConfig {
     pub window_bytes: u64,
     /// A segment of at most this is streamed without waiting for `Accept`.
     pub eager_bytes: u64,
+    /// The lease that is asked of the holder; none when the guest runs without one.
+    pub lease: Option<LeaseTerms>,
     /// Silence after which a ping is sent.
     pub ping_every: Duration,
     /// Silence after which the holder is given up.
@@ -47,6 +50,7 @@ impl SenderConfig {
             vm,
             generation,
             owner: owner.to_owned(),
+            lease: None,
             window_segments: 32,
             window_bytes: 64 << 20,
             eager_bytes: 4 << 20,
@@ -80,7 +84,11 @@ pub enum SenderEvent {
     Connected {
         /// The number of the connection.
         connection: u64,
+        /// The protocol version that both speak.
+        version: u16,
     },
+    /// The guest stands still for good: no more time is asked for, and the holder is told.
+    Release,
     /// It could not be made, or broke, or was closed on our demand.
     Lost {
         /// The number of the connection.
@@ -172,6 +180,11 @@ pub enum SenderAction {
     Acked {
         /// What was offered.
         offer: Box<Offer>,
+    },
+    /// The holder lets nobody else in, counted from when it was asked.
+    Granted {
+        /// When it was asked, by the sender's clock.
+        sent: Duration,
     },
     /// The holder needs a full segment: ask the VM for one.
     RequestFull,

@@ -12,13 +12,15 @@
 //! window (they stand on it) and, after a pause, begins anew with `Open`, which tells where the holder is.
 
 mod api;
+mod asking;
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use segment::Generation;
 
-use crate::wire::{Ack, Held, Message, Offer, Open, Ping, Refuse};
+use crate::wire::{Ack, Held, LEASE_VERSION, Message, Offer, Open, Ping, Refuse};
+use asking::Asking;
 
 pub use api::{Next, SenderAction, SenderConfig, SenderEvent, SenderState};
 
@@ -76,12 +78,16 @@ pub struct Sender {
     full_asked: Option<Duration>,
     /// Why the holder was lost or refused last; cleared when it acknowledges.
     trouble: Option<String>,
+    /// The lease, as far as the holder was asked for it on this connection.
+    asking: Asking,
+    version: u16,
 }
 
 impl Sender {
     /// A sender that connects at its first step.
     #[must_use]
     pub fn new(config: SenderConfig) -> Self {
+        let lease = config.lease;
         Self {
             config,
             state: State::Waiting {
@@ -99,6 +105,8 @@ impl Sender {
             refusals: 0,
             full_asked: None,
             trouble: None,
+            asking: Asking::new(lease),
+            version: 0,
         }
     }
 
@@ -138,7 +146,7 @@ impl Sender {
             return None;
         }
         at = at.min(self.last_heard + self.config.dead_after);
-        Some(at)
+        Some(self.asking.due().map_or(at, |due| at.min(due)))
     }
 
     /// One event, at the time `now` of a clock that never goes back.
@@ -148,7 +156,14 @@ impl Sender {
             return actions;
         }
         match event {
-            SenderEvent::Connected { connection } => self.connected(connection, now, &mut actions),
+            SenderEvent::Connected { connection, version } => {
+                self.connected(connection, version, now, &mut actions);
+            }
+            SenderEvent::Release => {
+                if self.asking.release() && self.up && !self.closing {
+                    actions.push(asking::released());
+                }
+            }
             SenderEvent::Lost {
                 connection,
                 why,
@@ -181,6 +196,11 @@ impl Sender {
             SenderEvent::Tick => {}
         }
         self.time(now, &mut actions);
+        if !self.closing
+            && let Some(renew) = self.asking.ask(now)
+        {
+            actions.push(renew);
+        }
         self.ask(&mut actions);
         if actions.iter().any(|a| matches!(a, SenderAction::Send { .. })) {
             self.last_sent = now;
@@ -192,10 +212,11 @@ impl Sender {
         self.up && !self.closing && connection == self.connection
     }
 
-    fn connected(&mut self, connection: u64, now: Duration, actions: &mut Vec<SenderAction>) {
+    fn connected(&mut self, connection: u64, version: u16, now: Duration, actions: &mut Vec<SenderAction>) {
         match self.state {
             State::Connecting if connection == self.connection && !self.up => {
                 self.up = true;
+                self.version = version;
                 self.last_heard = now;
                 self.last_progress = now;
                 self.open(actions);
@@ -221,6 +242,7 @@ impl Sender {
             vm: vm.clone(),
             generation: *generation,
             owner: owner.clone(),
+            lease_ttl_ms: self.config.lease.map(|terms| terms.ttl.as_millis() as u64),
         };
         actions.push(SenderAction::Send {
             stream: 0,
@@ -239,6 +261,7 @@ impl Sender {
         self.attempts = self.attempts.saturating_add(1);
         self.up = false;
         self.closing = false;
+        self.asking.lost();
         self.trouble = Some(why);
         self.state = State::Waiting { until: now + pause };
     }
@@ -272,6 +295,10 @@ impl Sender {
                         newest: position.newest.clone(),
                     });
                     self.last_progress = now;
+                    // From here on it has promised our generation, and can be asked for time under it.
+                    if self.version >= LEASE_VERSION && self.asking.begin(now) {
+                        actions.push(asking::released());
+                    }
                     self.state = State::Flowing(Flow {
                         sent: position.newest,
                         ..Flow::default()
@@ -312,6 +339,11 @@ impl Sender {
                     self.out_of_order("Fenced for another VM or generation", actions);
                 }
             }
+            Message::Granted(granted) => match self.asking.granted(granted.seq) {
+                Ok(Some(sent)) => actions.push(SenderAction::Granted { sent }),
+                Ok(None) => {}
+                Err(()) => self.out_of_order("Granted for what was not asked", actions),
+            },
             Message::Reject(reject) => self.disconnect(reject.why, actions),
             Message::Chunk(_)
             | Message::Hello(_)
@@ -320,6 +352,8 @@ impl Sender {
             | Message::Offer(_)
             | Message::End(_)
             | Message::Abort(_)
+            | Message::Renew(_)
+            | Message::Released(_)
             | Message::Call(_)
             | Message::Reply(_) => self.out_of_order(message.kind().name(), actions),
         }

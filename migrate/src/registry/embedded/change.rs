@@ -6,13 +6,16 @@ use redb::{ReadableTable, WriteTransaction};
 use segment::{Generation, VmId};
 
 use super::leases::{Key, Leases};
-use super::{COUNTS, LEASES, NODES, RETIRED, SEGMENTS, VMS, all_vms, decode, encode, read_vm, storage};
+use super::{
+    COUNTS, HISTORY, LEASES, NODES, RETIRED, SEGMENTS, VMS, all_vms, decode, encode, read_history, read_vm,
+    storage,
+};
 use crate::registry::RegistryError;
 use crate::registry::request::{Changed, RegistryRequest, RegistryResponse};
 use crate::registry::rules::{self, Step};
 use crate::registry::types::{
-    Lease, LeaseRecord, LeaseSubject, MAX_NODES, MAX_SEGMENTS_PER_VM, MAX_VMS, NodeRecord, SegmentRecord,
-    VmRecord, VmState, position,
+    HistoryEntry, Lease, LeaseRecord, LeaseSubject, MAX_NODES, MAX_SEGMENTS_PER_VM, MAX_VMS, NodeRecord,
+    SegmentRecord, VmRecord, VmState, position,
 };
 use crate::wire::Held;
 
@@ -80,8 +83,10 @@ impl Change<'_> {
                 leased: None,
                 swap: None,
                 alive: None,
+                failover: None,
             }),
             RegistryRequest::ForgetVm { vm, force } => self.forget(&vm, force),
+            RegistryRequest::Note { vm, entry } => self.note(&vm, entry),
             RegistryRequest::RegisterSegments {
                 vm,
                 generation,
@@ -227,6 +232,8 @@ impl Change<'_> {
                 let mut record = self.vm(vm.clone())?;
                 rules::owned(&record, *generation)?;
                 record.leased = Some(generation.0);
+                // Seen by whoever looked at the record while there was no lease.
+                record.revision += 1;
                 self.put_vm(&record)?;
                 Some(record)
             }
@@ -277,10 +284,19 @@ impl Change<'_> {
         let mut segments = self.txn.open_table(SEGMENTS).map_err(storage)?;
         let all = (vm.as_str(), 0, 0)..=(vm.as_str(), u64::MAX, u64::MAX);
         segments.retain_in(all, |_, _| false).map_err(storage)?;
-        self.txn
-            .open_table(COUNTS)
-            .map_err(storage)?
-            .remove(vm.as_str())
+        let mut counts = self.txn.open_table(COUNTS).map_err(storage)?;
+        counts.remove(vm.as_str()).map_err(storage)?;
+        let mut history = self.txn.open_table(HISTORY).map_err(storage)?;
+        history.remove(vm.as_str()).map_err(storage)?;
+        Ok(RegistryResponse::Done)
+    }
+
+    fn note(&mut self, vm: &VmId, entry: HistoryEntry) -> Result<RegistryResponse, RegistryError> {
+        self.vm(vm.clone())?;
+        let mut table = self.txn.open_table(HISTORY).map_err(storage)?;
+        let history = rules::noted(read_history(&table, vm)?, entry, self.now);
+        table
+            .insert(vm.as_str(), encode(&history).as_slice())
             .map_err(storage)?;
         Ok(RegistryResponse::Done)
     }

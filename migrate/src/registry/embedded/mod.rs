@@ -1,7 +1,7 @@
 //! The registry of one machine: a redb file.
 //!
 //! Tables: `meta` (format, id, revision), `nodes` (name), `vms` (id), `retired` (id -> last generation of a forgotten
-//! VM), `segments` (id, generation, epoch), `counts` (of a VM's segments), `leases` (number). Values are CBOR maps with explicit keys, so that a newer build may add fields.
+//! VM), `segments` (id, generation, epoch), `counts` (of a VM's segments), `leases` (number), `history` (id). Values are CBOR maps with explicit keys, so that a newer build may add fields.
 
 mod change;
 mod leases;
@@ -17,7 +17,8 @@ use super::changes::ChangeLog;
 use super::request::{RegistryRequest, RegistryResponse};
 use super::seen::Stamp;
 use super::types::{
-    Lease, LeaseSubject, MAX_PAGE_RECORDS, MAX_WAIT_MS, NodeRecord, SegmentRecord, VmRecord, position,
+    HistoryEntry, Lease, LeaseSubject, MAX_PAGE_RECORDS, MAX_WAIT_MS, NodeRecord, SegmentRecord, VmRecord,
+    position,
 };
 use super::{Answer, Answered, Backend, RegistryError, random_id, rules};
 use change::{Change, LeaseChange};
@@ -32,6 +33,8 @@ const SEGMENTS: TableDefinition<'_, (&str, u64, u64), &[u8]> = TableDefinition::
 const LEASES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("leases");
 /// How many segment records each VM has: counting them would walk them all.
 const COUNTS: TableDefinition<'_, &str, u64> = TableDefinition::new("counts");
+/// What happened to each VM.
+const HISTORY: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("history");
 
 /// The format of the tables.
 const FORMAT: u64 = 1;
@@ -127,6 +130,7 @@ impl Embedded {
                 txn.open_table(RETIRED)?;
                 txn.open_table(SEGMENTS)?;
                 txn.open_table(COUNTS)?;
+                txn.open_table(HISTORY)?;
                 let leases = txn.open_table(LEASES)?;
                 let kept = leases
                     .iter()?
@@ -214,6 +218,13 @@ impl Embedded {
             }
             RegistryRequest::ListSegments { vm, after, limit } => {
                 self.list_segments(&vm, after.as_ref(), limit)
+            }
+            RegistryRequest::History { vm } => {
+                let txn = self.db.begin_read().map_err(storage)?;
+                let vms = txn.open_table(VMS).map_err(storage)?;
+                read_vm(&vms, &vm)?.ok_or(RegistryError::NoSuchVm { vm: vm.clone() })?;
+                let table = txn.open_table(HISTORY).map_err(storage)?;
+                Ok(RegistryResponse::History(read_history(&table, &vm)?))
             }
             RegistryRequest::KeepAlive { subject, lease } => self.keep_alive(&subject, lease),
             RegistryRequest::AwaitChanges { .. } => Err(RegistryError::Invalid {
@@ -419,6 +430,16 @@ impl Backend for Embedded {
 
     fn address(&self) -> String {
         self.path.display().to_string()
+    }
+}
+
+fn read_history(
+    table: &impl ReadableTable<&'static str, &'static [u8]>,
+    vm: &VmId,
+) -> Result<Vec<HistoryEntry>, RegistryError> {
+    match table.get(vm.as_str()).map_err(storage)? {
+        Some(bytes) => decode(bytes.value()),
+        None => Ok(Vec::new()),
     }
 }
 

@@ -7,6 +7,7 @@
 //! | `P/state/owner/ID`, `P/state/alive/NAME` | the lease of an owner, of a node: bound to it, so that it goes with it |
 //! | `P/data/tip/ID` | how many segments a VM has, and the newest: what a status shows |
 //! | `P/data/segment/ID/GENERATION/EPOCH` | a segment's record; numbers of 16 hexadecimal digits, for the order |
+//! | `P/data/history/ID` | what happened to a VM |
 //! | `P/data/retired/ID` | the last generation of a forgotten VM |
 //!
 //! Only `state` is watched. Values are the same CBOR as in the embedded registry.
@@ -65,6 +66,10 @@ impl Keys {
 
     pub(super) fn tip(&self, vm: &VmId) -> String {
         format!("{}/data/tip/{vm}", self.prefix)
+    }
+
+    pub(super) fn history(&self, vm: &VmId) -> String {
+        format!("{}/data/history/{vm}", self.prefix)
     }
 
     pub(super) fn retired(&self, vm: &VmId) -> String {

@@ -92,6 +92,8 @@ impl Inner {
                     rules::owned(&record, *generation)?;
                     let before = record.alive.replace(live);
                     record.leased = Some(generation.0);
+                    // Seen by whoever looked at the record while there was no lease.
+                    record.revision += 1;
                     let txn = Txn::default()
                         .guard(&self.keys.vm(vm), at)
                         .guard(&key, found.lease_revision)

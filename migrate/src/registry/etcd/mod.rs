@@ -154,6 +154,8 @@ impl Inner {
             }
             RegistryRequest::ListVms { after, limit } => self.list_vms(after.as_ref(), limit).await,
             RegistryRequest::ForgetVm { vm, force } => self.forget(&vm, force).await,
+            RegistryRequest::Note { vm, entry } => self.note(&vm, entry).await,
+            RegistryRequest::History { vm } => Ok(RegistryResponse::History(self.read_history(&vm).await?.0)),
             RegistryRequest::RegisterSegments {
                 vm,
                 generation,
@@ -173,6 +175,7 @@ impl Inner {
             | RegistryRequest::RaiseGeneration { .. }
             | RegistryRequest::SetHolders { .. }
             | RegistryRequest::SetSwap { .. }
+            | RegistryRequest::SetFailover { .. }
             | RegistryRequest::SetVmState { .. }) => {
                 rules::invalid(format!("a request in the wrong place: {other:.40?}"))
             }

@@ -10,7 +10,7 @@ use crate::registry::RegistryError;
 use crate::registry::request::{RegistryRequest, RegistryResponse};
 use crate::registry::rules::{self, Step};
 use crate::registry::types::{
-    MAX_NODES, MAX_SEGMENTS_PER_VM, MAX_VMS, NodeRecord, SegmentRecord, VmRecord, VmState,
+    HistoryEntry, MAX_NODES, MAX_SEGMENTS_PER_VM, MAX_VMS, NodeRecord, SegmentRecord, VmRecord, VmState,
 };
 use crate::wire::Held;
 
@@ -120,6 +120,7 @@ impl Inner {
             leased: None,
             swap: None,
             alive: None,
+            failover: None,
         };
         for _ in 0..MAX_TRIES {
             let read = self
@@ -164,6 +165,7 @@ impl Inner {
                 .delete(&self.keys.vm(vm))
                 .delete(&self.keys.owner(vm))
                 .delete(&self.keys.tip(vm))
+                .delete(&self.keys.history(vm))
                 .delete_range(&segments, &end_of(&segments))
                 .put(&self.keys.retired(vm), &encode(&record.generation.0));
             if self.commit(&txn).await?.done {
@@ -171,6 +173,39 @@ impl Inner {
             }
         }
         busy(format!("VM {vm}"))
+    }
+
+    /// What happened to a VM, and the revision of its last change.
+    pub(super) async fn read_history(&self, vm: &VmId) -> Done<(Vec<HistoryEntry>, u64, u64)> {
+        let read = Txn::default().get(&self.keys.vm(vm)).get(&self.keys.history(vm));
+        let [record, history] = self.read(&read).await?;
+        let record = record
+            .kvs
+            .first()
+            .ok_or_else(|| RegistryError::NoSuchVm { vm: vm.clone() })?;
+        let history = history.kvs.first();
+        let entries = match history {
+            Some(kv) => decode(&kv.value)?,
+            None => Vec::new(),
+        };
+        Ok((entries, revision(history), record.revision))
+    }
+
+    pub(super) async fn note(&self, vm: &VmId, entry: HistoryEntry) -> Done<RegistryResponse> {
+        for _ in 0..MAX_TRIES {
+            let (history, at, record) = self.read_history(vm).await?;
+            let history = rules::noted(history, entry.clone(), unix_ms());
+            let key = self.keys.history(vm);
+            let txn = Txn::default()
+                // Not of one that is forgotten meanwhile.
+                .guard(&self.keys.vm(vm), record)
+                .guard(&key, at)
+                .put(&key, &encode(&history));
+            if self.commit(&txn).await?.done {
+                return Ok(RegistryResponse::Done);
+            }
+        }
+        busy(format!("the history of VM {vm}"))
     }
 
     pub(super) async fn register(

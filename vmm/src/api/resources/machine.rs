@@ -83,7 +83,13 @@ pub(in crate::api) async fn info(State(app): App) -> Json<InstanceInfo> {
     let state = match app.session().map(|session| session.vm().state().borrow().clone()) {
         None => "Not started",
         Some(RunState::Running) => "Running",
-        Some(RunState::Paused | RunState::Fenced { .. } | RunState::Ended(_) | RunState::Stopped) => "Paused",
+        Some(
+            RunState::Paused
+            | RunState::Lapsed { .. }
+            | RunState::Fenced { .. }
+            | RunState::Ended(_)
+            | RunState::Stopped,
+        ) => "Paused",
     };
     Json(InstanceInfo {
         id: app.identity().name.to_string(),

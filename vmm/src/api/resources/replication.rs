@@ -109,6 +109,9 @@ pub(in crate::api) async fn protection(State(app): App) -> Result<Json<Protectio
             ack_quorum: Some(status.ack_quorum),
             registry: status.registry,
             policy: None,
+            failover: Some(status.failover),
+            detect: status.detect,
+            on_lapse: Some(status.on_lapse),
         }),
     };
     protection

@@ -17,6 +17,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::queue::{Chain, RingError};
 use super::state::{DeviceState, NetState};
 use super::{Device, Env, Interest};
+use crate::leash::Leash;
 
 #[allow(unsafe_code)]
 pub mod tap;
@@ -71,6 +72,8 @@ pub struct Net {
     /// A frame that found no buffers.
     waiting: Option<Vec<u8>>,
     buffer: Vec<u8>,
+    /// Until when the VM may be heard.
+    leash: Leash,
 }
 
 impl std::fmt::Debug for Net {
@@ -111,6 +114,22 @@ impl Net {
             wire: Arc::new(wire),
             waiting: None,
             buffer: vec![0; MAX_FRAME],
+            leash: Leash::default(),
+        }
+    }
+
+    /// One that sends only as long as this lets it: another host may run the VM when it does not.
+    #[must_use]
+    pub fn under(mut self, leash: Leash) -> Self {
+        self.leash = leash;
+        self
+    }
+
+    fn send(&self, frame: &[u8]) -> io::Result<()> {
+        match self.leash.allows() {
+            true => self.wire.send(frame),
+            // As on a wire that was pulled out.
+            false => Err(io::Error::other("the VM has no lease")),
         }
     }
 
@@ -194,7 +213,7 @@ impl Net {
                 chain.readable.read(env.memory, 0, &mut frame)?;
                 // The count of buffers is for the other direction.
                 frame[BUFFER_COUNT..HEADER_BYTES].fill(0);
-                if let Err(error) = self.wire.send(&frame) {
+                if let Err(error) = self.send(&frame) {
                     // A full or downed TAP drops frames, as a wire does.
                     tracing::debug!(device = self.name, %error, "transmit");
                 }
@@ -311,7 +330,7 @@ impl Device for Net {
     fn restored(&mut self, _env: &mut Env<'_>) -> Result<(), RingError> {
         let frame = announcement(self.mac);
         for _ in 0..ANNOUNCEMENTS {
-            if let Err(error) = self.wire.send(&frame) {
+            if let Err(error) = self.send(&frame) {
                 tracing::warn!(device = self.name, %error, "tell the network where the VM is now");
             }
         }

@@ -21,6 +21,7 @@ use super::{Device, Transport};
 use crate::bus::Attached;
 use crate::devices::DeviceStateError;
 use crate::layout::{MAX_VIRTIO_SLOTS, VirtioSlot};
+use crate::leash::Leash;
 use crate::memory::GuestRam;
 
 /// What a disk's logical name begins with.
@@ -137,13 +138,15 @@ impl Devices {
         })
     }
 
-    /// The devices in their slots: new ones, or with their states, in the same order.
+    /// The devices in their slots: new ones, or with their states, in the same order. They are heard as long as `leash`
+    /// lets them.
     ///
     /// # Errors
     /// [`SetupError`] naming the device.
     pub fn attach(
         &self,
         ram: &Arc<GuestRam>,
+        leash: &Leash,
         saved: Option<&[VirtioState]>,
     ) -> Result<Vec<Attached>, SetupError> {
         let slots = (0..).map_while(VirtioSlot::new);
@@ -152,7 +155,7 @@ impl Devices {
             .zip(slots)
             .enumerate()
             .map(|(index, (backing, slot))| {
-                let (device, disk) = device(backing)?;
+                let (device, disk) = device(backing, leash)?;
                 let transport = match saved.and_then(|saved| saved.get(index)) {
                     Some(state) => Transport::from_state(device, state, ram)?,
                     None => Transport::new(device, ram)?,
@@ -196,7 +199,7 @@ fn open(config: &DeviceConfig) -> Result<Backing, SetupError> {
 
 type Made = (Box<dyn Device>, Option<Arc<Disk>>);
 
-fn device(backing: &Backing) -> Result<Made, SetupError> {
+fn device(backing: &Backing, leash: &Leash) -> Result<Made, SetupError> {
     Ok(match backing {
         Backing::Disk { disk, flush } => {
             let block = Block::new(Arc::clone(disk), *flush).map_err(|e| DeviceStateError {
@@ -205,7 +208,10 @@ fn device(backing: &Backing) -> Result<Made, SetupError> {
             })?;
             (Box::new(block), Some(Arc::clone(disk)))
         }
-        Backing::Net { name, tap, mac } => (Box::new(Net::new(name, *mac, tap)), None),
+        Backing::Net { name, tap, mac } => {
+            let card = Net::new(name, *mac, tap).under(leash.clone());
+            (Box::new(card), None)
+        }
         Backing::Rng => (Box::new(Rng::default()), None),
     })
 }

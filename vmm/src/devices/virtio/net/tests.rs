@@ -94,6 +94,29 @@ fn frames_go_both_ways_over_as_many_buffers_as_they_need() {
 }
 
 #[test]
+fn a_card_without_a_lease_is_not_heard() {
+    let (wire, host) = pair();
+    let leash = Leash::default();
+    let mut driver = Driver::new(
+        Box::new(Net::on("net:0", MAC, wire).under(leash.clone())),
+        OFFLOADS,
+    );
+    let mut send = |bytes: usize| {
+        let sent = frame(bytes);
+        let at = driver.buffer(&sent);
+        driver.put(TRANSMIT, &[(at, 12, 0), (at + 12, bytes as u32, 0)]);
+        driver.kick(TRANSMIT);
+        driver.wait(TRANSMIT);
+    };
+    leash.hold();
+    send(300);
+    leash.free();
+    send(200);
+    let mut got = vec![0; 1000];
+    assert_eq!(host.recv(&mut got).unwrap(), 12 + 200, "the frame before is gone");
+}
+
+#[test]
 fn a_restored_card_sets_its_offloads_again_and_says_where_it_is() {
     let (wire, _host) = pair();
     let driver = Driver::new(Box::new(Net::on("net:0", MAC, wire)), 1 << 15 | OFFLOADS);
