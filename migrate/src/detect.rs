@@ -24,7 +24,7 @@ use serde::Serialize;
 
 use crate::failover::seals_needed;
 use crate::lease::LeaseTerms;
-use crate::registry::VmState;
+use crate::registry::{LeaseState, VmRecord, VmState};
 
 /// What the agent of the owner's host says of its process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
@@ -93,6 +93,24 @@ pub struct RegistrySight {
     pub coarse: bool,
     /// The ack quorum.
     pub ack_quorum: usize,
+    /// Its generation was raised, and nobody has run it under that one yet: see [`is_being_taken_over`].
+    pub taking_over: bool,
+}
+
+/// Whether a VM is being taken over, or that was broken off.
+///
+/// A raise takes away that the VM was leased, and its owner leases it again before its guest runs. One that is stopped and
+/// was leased under its generation was stopped on purpose.
+#[must_use]
+pub fn is_being_taken_over(record: &VmRecord) -> bool {
+    record.state == VmState::Stopped && record.owner_lease() == LeaseState::Never
+}
+
+/// After how long without a change a takeover is taken for broken off: longer than one takes. (Should it be under
+/// way all the same, one of the two is refused, as always.)
+#[must_use]
+pub fn broken_off_after(terms: LeaseTerms) -> Duration {
+    terms.ttl.saturating_mul(10).max(Duration::from_secs(10))
 }
 
 /// Why a VM needs another host.
@@ -113,6 +131,8 @@ pub enum Cause {
     AgentSilent,
     /// Its owner is lost, and nothing is known of its host.
     OwnerLost,
+    /// A takeover of it was broken off after it had ended the owner before.
+    BrokenOff,
 }
 
 impl fmt::Display for Cause {
@@ -125,6 +145,7 @@ impl fmt::Display for Cause {
             Self::HostLost => "its host is gone, or cut off from everyone",
             Self::AgentSilent => "it and the agent of its host are not heard",
             Self::OwnerLost => "it is not heard",
+            Self::BrokenOff => "a takeover was broken off and has left it stopped",
         })
     }
 }
@@ -141,6 +162,8 @@ pub enum Doubt {
     HoldersHear,
     /// Too few holders answer to know, or to seal.
     HoldersAway,
+    /// Someone is taking it over.
+    TakingOver,
 }
 
 impl fmt::Display for Doubt {
@@ -150,6 +173,7 @@ impl fmt::Display for Doubt {
             Self::LeaseHolds => "holders do not hear the owner, and its lease in the registry holds",
             Self::HoldersHear => "the owner's lease in the registry is gone, and holders hear it",
             Self::HoldersAway => "too few holders answer to take the VM over",
+            Self::TakingOver => "another node is taking the VM over",
         })
     }
 }
@@ -171,17 +195,16 @@ pub fn judge(sight: &Sight, terms: LeaseTerms) -> Judgement {
     let Some(registry) = sight.registry else {
         return Judgement::Wait(Doubt::RegistryAway);
     };
-    match registry.state {
-        // It was stopped on purpose, or someone is taking it over.
-        VmState::Stopped => return Judgement::Well,
-        VmState::Running => {}
-    }
     let needed = seals_needed(sight.holders.len(), registry.ack_quorum);
     let answering = sight
         .holders
         .iter()
         .filter(|view| **view != HolderView::Unreachable)
         .count();
+    match registry.state {
+        VmState::Stopped => return stopped(registry, answering >= needed, terms),
+        VmState::Running => {}
+    }
     if sight.host == Host::Answers(Process::Gone) {
         // Nobody has to be waited for: what ended runs nothing. It may be that too few could be sealed.
         return match answering >= needed {
@@ -202,6 +225,19 @@ pub fn judge(sight: &Sight, terms: LeaseTerms) -> Judgement {
         (true, false) => Judgement::Wait(Doubt::HoldersHear),
         (false, true) => Judgement::Wait(Doubt::LeaseHolds),
         (false, false) => Judgement::Well,
+    }
+}
+
+/// A VM that is stopped: on purpose, or by a takeover that did not come to its end.
+fn stopped(registry: RegistrySight, enough: bool, terms: LeaseTerms) -> Judgement {
+    let unchanged = registry
+        .lease_silent_for
+        .is_some_and(|time| time >= broken_off_after(terms));
+    match registry.taking_over {
+        false => Judgement::Well,
+        true if !unchanged => Judgement::Wait(Doubt::TakingOver),
+        true if enough => Judgement::Down(Cause::BrokenOff),
+        true => Judgement::Wait(Doubt::HoldersAway),
     }
 }
 
@@ -270,6 +306,7 @@ mod tests {
                 lease_silent_for: Some(lease),
                 coarse: false,
                 ack_quorum: 2,
+                taking_over: false,
             }),
             holders: holders.to_vec(),
             host,
@@ -357,6 +394,32 @@ mod tests {
             registry.lease_silent_for = None;
         }
         assert_eq!(judge(&unwatched, TERMS), Judgement::Wait(Doubt::LeaseHolds));
+    }
+
+    #[test]
+    fn a_takeover_that_was_broken_off_is_gone_on_with() {
+        let judged = |taking_over, unchanged, holders: &[_]| {
+            let mut seen = sight(unchanged, holders, Host::Unknown);
+            if let Some(registry) = &mut seen.registry {
+                registry.state = VmState::Stopped;
+                registry.taking_over = taking_over;
+            }
+            judge(&seen, TERMS)
+        };
+        let long = broken_off_after(TERMS);
+        assert_eq!(judged(false, long, &[DEAF; 3]), Judgement::Well);
+        assert_eq!(
+            judged(true, SHORT, &[DEAF; 3]),
+            Judgement::Wait(Doubt::TakingOver)
+        );
+        assert_eq!(
+            judged(true, long, &[DEAF, HEARS, AWAY]),
+            Judgement::Down(Cause::BrokenOff)
+        );
+        assert_eq!(
+            judged(true, long, &[DEAF, AWAY, AWAY]),
+            Judgement::Wait(Doubt::HoldersAway)
+        );
     }
 
     #[test]

@@ -199,7 +199,7 @@ pub struct Outcome {
     pub notes: Vec<String>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum State {
     Fresh,
     Reading,
@@ -236,7 +236,7 @@ enum State {
 }
 
 /// What to do when a chain cannot be made whole.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Otherwise {
     /// Say so.
     Fail,
@@ -263,7 +263,7 @@ pub struct PlanOptions {
 }
 
 /// One node's try to take one VM over.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Plan {
     vm: VmId,
     options: PlanOptions,

@@ -330,3 +330,25 @@ fn what_a_broken_off_takeover_left_is_started_by_hand_only_after_the_owner_has_n
     );
     assert_eq!(old.console().unwrap(), before);
 }
+
+/// A node that raised the generation and is gone leaves a VM that nobody runs: another goes on with it.
+#[test]
+fn a_takeover_that_was_broken_off_is_gone_on_with() {
+    let folder = tempfile::tempdir().unwrap();
+    let (cluster, mut old) = leased(&folder, "left", "ttl=500ms,renew=100ms");
+    // It gets no further than the registry.
+    let identity = Identity::tls(&cluster.certificate("birch")).unwrap();
+    let registry = Registry::remote(&cluster.agents[0].address, &identity);
+    let vm = VmId::new("left").unwrap();
+    let raised = tokio::runtime::Runtime::new()
+        .unwrap()
+        .block_on(registry.raise_generation(&vm, Generation(1), "birch"))
+        .unwrap();
+    assert_eq!(raised.generation, Generation(2));
+    // The owner is refused, and its guest is never run again.
+    assert_eq!(old.wait().unwrap().code(), Some(3));
+    taken_over(&cluster, "left");
+    let lost = entry(&cluster, "left", "owner-lost");
+    let why = lost["detail"].as_str().unwrap();
+    assert!(why.contains("broken off"), "{why}");
+}

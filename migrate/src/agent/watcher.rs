@@ -22,8 +22,8 @@ use tokio::time::Instant;
 
 use super::{Inner, history, host, promote};
 use crate::detect::{
-    Cause, Doubt, HolderView, Host, Judgement, Process, RegistrySight, Sight, Standing, head_start, judge,
-    turn,
+    Cause, Doubt, HolderView, Host, Judgement, Process, RegistrySight, Sight, Standing, head_start,
+    is_being_taken_over, judge, turn,
 };
 use crate::lease::LeaseTerms;
 use crate::process;
@@ -125,7 +125,8 @@ fn wanted(
     before: &HashMap<VmId, Arc<Watched>>,
 ) -> Option<(VmId, Arc<Watched>)> {
     let terms = record.failover?.terms().ok()?;
-    if !record.holders.contains(&inner.address) || record.state != VmState::Running {
+    let runs = record.state == VmState::Running || is_being_taken_over(&record);
+    if !record.holders.contains(&inner.address) || !runs {
         return None;
     }
     let known = before
@@ -268,6 +269,7 @@ async fn look(inner: &Arc<Inner>, of: &Watched) -> Seen {
                 .alive
                 .is_some_and(|live| Duration::from_millis(live.ttl_ms) > of.terms.guard() + COARSE),
             ack_quorum: record.ack_quorum as usize,
+            taking_over: is_being_taken_over(&record),
         }),
         holders: views.iter().map(|(_, view)| seen(view.as_ref())).collect(),
         host,

@@ -12,7 +12,7 @@ use crate::registry::VmRecord;
 use crate::wire::SegmentBrief;
 
 /// Holders that answered, and holders that did not.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Answers {
     pub(super) heard: Vec<(String, Holding)>,
     pub(super) failed: Vec<(String, String)>,

@@ -24,7 +24,7 @@ mod error;
 mod etcd;
 mod remote;
 mod request;
-mod rules;
+pub mod rules;
 mod seen;
 mod types;
 

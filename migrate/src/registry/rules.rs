@@ -13,14 +13,15 @@ use super::types::{
 
 /// What becomes of a record.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Step<T> {
+pub enum Step<T> {
     /// It is as the request wants it already: a repeated request.
     Keep(T),
     /// It is to be written.
     Write(T),
 }
 
-type Ruled<T> = Result<T, RegistryError>;
+/// What a rule says.
+pub type Ruled<T> = Result<T, RegistryError>;
 
 /// What a request says of itself: lengths, counts and characters.
 pub(super) fn check(request: &RegistryRequest) -> Ruled<()> {
@@ -181,7 +182,10 @@ pub(super) fn created(known: Option<VmRecord>, mut new: VmRecord, last: Generati
 }
 
 /// Refuses a caller whose generation is over.
-pub(super) fn owned(record: &VmRecord, generation: Generation) -> Ruled<()> {
+///
+/// # Errors
+/// [`RegistryError::Fenced`], which says whose the VM is.
+pub fn owned(record: &VmRecord, generation: Generation) -> Ruled<()> {
     if record.generation == generation {
         return Ok(());
     }
@@ -211,11 +215,8 @@ fn touched(mut record: VmRecord, now: u64) -> Step<VmRecord> {
 }
 
 /// What a request that changes one VM's record makes of it. `None`: it is not such a request.
-pub(super) fn changed(
-    request: &RegistryRequest,
-    mut record: VmRecord,
-    now: u64,
-) -> Option<Ruled<Step<VmRecord>>> {
+#[must_use]
+pub fn changed(request: &RegistryRequest, mut record: VmRecord, now: u64) -> Option<Ruled<Step<VmRecord>>> {
     let step = match request {
         RegistryRequest::RaiseGeneration {
             expected,

@@ -80,6 +80,7 @@ pub use lease::{Lease, Reading};
 pub use lineage::Lineage;
 pub use open::{StoreLock, promised_in};
 pub use pace::{Hurry, Pace, Paced};
+pub use promise::{Promise, promise};
 
 use crate::crashsafe::{Disk, DiskError};
 use incoming::Quota;
@@ -444,15 +445,16 @@ impl FsStore {
         let gate = self.gate(vm);
         let _open = lock(&gate);
         let current = self.promised(vm);
-        if generation < current {
-            return Err(StoreError::Fenced {
-                vm: vm.clone(),
-                asked: generation,
-                current,
-            });
-        }
-        if generation == current {
-            return Ok(current);
+        match promise::promise(current, generation) {
+            Promise::Refused => {
+                return Err(StoreError::Fenced {
+                    vm: vm.clone(),
+                    asked: generation,
+                    current,
+                });
+            }
+            Promise::Stands => return Ok(current),
+            Promise::Raise => {}
         }
         let disk = self.disk.made_durable();
         let to_error = |e| self.disk_error(e);
@@ -530,7 +532,7 @@ fn flat(name: &SegmentName) -> String {
 /// Refuses a writer whose generation is over.
 fn check_promise(index: &Index, name: &SegmentName, writer: Generation) -> Result<(), StoreError> {
     let current = index.promised(&name.vm).max(name.generation);
-    if writer < current {
+    if promise::promise(current, writer) == Promise::Refused {
         return Err(StoreError::Fenced {
             vm: name.vm.clone(),
             asked: writer,

@@ -8,7 +8,30 @@
 //!
 //! The id is in the digest, so a record copied to another VM's file is noticed.
 
+use std::cmp::Ordering;
+
 use segment::{Generation, VmId};
+
+/// What is to be done about a generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Promise {
+    /// It is below the one that is promised: refused, whatever is asked.
+    Refused,
+    /// It is the one that is promised.
+    Stands,
+    /// It has to be promised durably, before anything is answered.
+    Raise,
+}
+
+/// The rule of the fencing memory: what is promised never goes down.
+#[must_use]
+pub fn promise(promised: Generation, asked: Generation) -> Promise {
+    match asked.cmp(&promised) {
+        Ordering::Less => Promise::Refused,
+        Ordering::Equal => Promise::Stands,
+        Ordering::Greater => Promise::Raise,
+    }
+}
 
 const MAGIC: [u8; 8] = *b"UNDSPRM1";
 const CONTEXT: &str = "understudy store v1 promise";
