@@ -33,6 +33,16 @@ fn leased(folder: &tempfile::TempDir, vm: &str, detect: &str) -> (Cluster, Machi
 }
 
 fn leased_at(folder: &tempfile::TempDir, vm: &str, detect: &str, agents: &[&str]) -> (Cluster, Machine) {
+    working(folder, vm, detect, agents, "mib=4 rate=500 heartbeat_ms=10")
+}
+
+fn working(
+    folder: &tempfile::TempDir,
+    vm: &str,
+    detect: &str,
+    agents: &[&str],
+    work: &str,
+) -> (Cluster, Machine) {
     let mut cluster = Cluster::new(folder.path(), false).unwrap();
     for name in ["alder", "birch", "cedar"] {
         cluster.start_agent(name, agents).unwrap();
@@ -50,9 +60,7 @@ fn leased_at(folder: &tempfile::TempDir, vm: &str, detect: &str, agents: &[&str]
         "--detect",
         detect,
     ];
-    let machine = cluster
-        .launch(vm, "churn", "mib=4 rate=500 heartbeat_ms=10", &protect)
-        .unwrap();
+    let machine = cluster.launch(vm, "churn", work, &protect).unwrap();
     wait_for("checkpoints to be committed", || {
         let status = cluster.status(vm, &machine.run_dir)?;
         let epoch = status["committed"]
@@ -132,7 +140,14 @@ fn the_demo_without_anyones_help_goes_as_it_says() {
 #[test]
 fn an_owner_that_is_stopped_for_longer_than_its_lease_is_never_heard_again() {
     let folder = tempfile::tempdir().unwrap();
-    let (mut cluster, mut old) = leased(&folder, "stopped", "default");
+    // It never rests and speaks all the time: what it is let run is heard.
+    let (mut cluster, mut old) = working(
+        &folder,
+        "stopped",
+        "default",
+        &[],
+        "mib=4 rate=1000000 heartbeat_ms=1",
+    );
     signal(old.pid, Signal::STOP);
     let (node, new) = taken_over(&cluster, "stopped");
     let lost = entry(&cluster, "stopped", "owner-lost");

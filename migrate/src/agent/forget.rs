@@ -184,7 +184,7 @@ async fn work(
             });
         });
     }
-    let (store, of, telling) = (inner.store.clone(), vm.clone(), tell.clone());
+    let (agent, store, of, telling) = (inner.clone(), inner.store.clone(), vm.clone(), tell.clone());
     let here = blocking(move || {
         store.forget_acked(&of)?;
         let mut entries = store.entries(&of);
@@ -201,6 +201,7 @@ async fn work(
             });
         }
         store.set_policy(&of, None)?;
+        agent.grants.forget(&of);
         Ok::<_, StoreError>(())
     });
     let here = here.await.map_err(|e| in_full(&e));

@@ -38,6 +38,8 @@ pub(super) struct Grants {
     dir: PathBuf,
     /// When this holder began.
     since: Duration,
+    // Who notes and who forgets the length of a lease; over the disk.
+    disk: Mutex<()>,
     // The connections' tasks grant, seals read; held for moments, and never over the disk.
     held: Mutex<HashMap<VmId, Held>>,
 }
@@ -72,8 +74,13 @@ impl Grants {
         Ok(Self {
             dir,
             since: now,
+            disk: Mutex::default(),
             held,
         })
+    }
+
+    fn writing(&self) -> MutexGuard<'_, ()> {
+        self.disk.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn held(&self) -> MutexGuard<'_, HashMap<VmId, Held>> {
@@ -82,6 +89,7 @@ impl Grants {
 
     /// Makes the length of a lease durable; never less than it was. Blocks for the disk.
     pub(super) fn note(&self, vm: &VmId, ttl: Duration) -> Result<(), DiskError> {
+        let _writing = self.writing();
         if self.held().get(vm).is_some_and(|held| held.durable >= ttl) {
             return Ok(());
         }
@@ -127,6 +135,28 @@ impl Grants {
     pub(super) fn remaining(&self, vm: &VmId) -> Option<Duration> {
         let left = self.held().get(vm)?.grant.remaining(boottime());
         Some(left).filter(|left| !left.is_zero())
+    }
+
+    /// Nothing is held of the VM any more. What is still granted stays until it is granted no more. Blocks for the disk.
+    pub(super) fn forget(&self, vm: &VmId) {
+        let _writing = self.writing();
+        {
+            let mut all = self.held();
+            if all
+                .get(vm)
+                .is_none_or(|held| !held.grant.remaining(boottime()).is_zero())
+            {
+                return;
+            }
+            // From memory first: without a length nothing is granted that a restart would not know of.
+            all.remove(vm);
+        }
+        // One that is left behind makes a holder that restarts wait once more, and nothing else.
+        if let Err(error) = fs::remove_file(self.dir.join(vm.as_str()))
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(%vm, %error, "the length of a forgotten VM's leases is left on the disk");
+        }
     }
 
     /// For how long the owner was not heard, and whether it ever was since this holder began.
@@ -191,6 +221,12 @@ mod tests {
         again.release(&store, &vm, Generation(3));
         assert_eq!(again.remaining(&vm), None);
 
+        again.forget(&vm);
+        assert!(!folder.path().join("leases/web").exists());
+        again.note(&vm, ttl).unwrap();
+        assert!(again.grant(&store, &vm, Generation(3), ttl));
+        again.forget(&vm);
+        assert!(again.remaining(&vm).is_some(), "what is granted is not forgotten");
         fs::write(folder.path().join("leases/web"), "nonsense").unwrap();
         let damaged = Grants::open(folder.path()).unwrap();
         assert!(damaged.remaining(&vm).unwrap() > MAX_TTL);
