@@ -8,8 +8,10 @@
 # What level 0 does: load GDT, CR3, CR4, EFER, CR0 (paging on), TSS, IDT, XCR0; ask CPUID a few leaves
 # (at level 3 a host without VMX or SVM gives the answers of its own CPU); leave.
 #
-# Level 3 reaches the ports through the TSS's I/O bitmap. IOPL 3 would be simpler, but a host without VMX or SVM
-# was seen to drop it on the way to level 3.
+# Level 3 reaches the ports by two ways, because each is missing somewhere. A host without VMX or SVM was seen to drop
+# IOPL 3 on the way to level 3; the TSS's I/O bitmap works there. QEMU's own processor looks into the bitmap only while
+# the task register holds an available TSS, as `ltr` left it; KVM restores it as a busy one, as a real processor has it,
+# and every `out` of a restored guest was #GP. IOPL 3 works there.
 #
 # Leaving: `sysexit` first, because it is the only way out that KVM's emulator knows (it has no `iret` outside
 # real mode, no `sysret`, and no far return to an outer level). AMD processors have no `sysexit` in 64-bit mode
@@ -23,7 +25,7 @@
 .set USER_CODE,   0x2b          # sysexit takes SYSENTER_CS + 32 for CS ...
 .set USER_DATA,   0x33          # ... and SYSENTER_CS + 40 for SS
 .set TASK,        0x38
-.set LEVEL3_FLAGS, 0x2          # interrupts off, IOPL 0, bit 1 always set
+.set LEVEL3_FLAGS, 0x3002       # interrupts off, IOPL 3, bit 1 always set
 .set PORTS, 0x1000              # level 3 may use ports below this one
 
 .set MSR_SYSENTER_CS, 0x174
@@ -133,7 +135,10 @@ entry64:
     mov edx, offset level3_start
     mov ecx, offset level3_stack_top
 
-# Leave level 0: RIP from RDX, RSP from RCX; every other register is carried over.
+# Leave level 0: RIP from RDX, RSP from RCX; every other register is carried over, but the flags.
+leave_with_flags:
+    push LEVEL3_FLAGS
+    popfq
 leave_level0:
     .byte 0x48, 0x0f, 0x35      # sysexitq
 leave_by_iret:
@@ -155,7 +160,7 @@ exception_common:
     mov r9, cr2
     mov edx, offset level3_fault
     mov ecx, offset level3_stack_top
-    jmp leave_level0
+    jmp leave_with_flags
 
 .section .text.level3, "ax", @progbits
 level3_start:

@@ -111,6 +111,16 @@ impl fmt::Debug for Disk {
 /// Tells temporary files of one process apart. The store's lock keeps other processes away.
 static NEXT_TEMP: AtomicU64 = AtomicU64::new(0);
 
+/// Opens a folder; what is none is not waited for.
+fn open_dir(dir: &Path) -> io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let flags = rustix::fs::OFlags::DIRECTORY.bits();
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(i32::try_from(flags).unwrap_or_default())
+        .open(dir)
+}
+
 impl Disk {
     /// Every step is on the disk before it returns.
     #[must_use]
@@ -155,6 +165,22 @@ impl Disk {
     /// # Errors
     /// What the system says.
     pub fn create_dir(&self, path: &Path) -> Result<(), DiskError> {
+        self.make_dir(path)?;
+        self.sync_parent(path)
+    }
+
+    /// Makes folders in `dir` unless they are there, with one sync for all.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn create_dirs(&self, dir: &Path, names: &[&str]) -> Result<(), DiskError> {
+        for name in names {
+            self.make_dir(&dir.join(name))?;
+        }
+        self.sync_dir(dir)
+    }
+
+    fn make_dir(&self, path: &Path) -> Result<(), DiskError> {
         let made = self
             .before(Step::CreateDir(path))
             .and_then(|()| fs::create_dir(path));
@@ -162,7 +188,7 @@ impl Disk {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
             other => other.map_err(DiskError::new("create the folder", path))?,
         }
-        self.sync_parent(path)
+        Ok(())
     }
 
     /// Makes a new file `<stem>.<number>` in `dir`, for reading and writing.
@@ -211,7 +237,7 @@ impl Disk {
             return Ok(());
         }
         self.before(Step::SyncDir(dir))
-            .and_then(|()| File::open(dir)?.sync_all())
+            .and_then(|()| open_dir(dir)?.sync_all())
             .map_err(DiskError::new("sync the folder", dir))
     }
 

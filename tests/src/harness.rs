@@ -510,6 +510,24 @@ fn kill(mut child: Child) -> Result<()> {
     Ok(())
 }
 
+impl Cluster {
+    /// Kills every VM that has this run folder.
+    fn end_all_in(&self, run_dir: &Path) {
+        if !run_dir.is_dir() {
+            return;
+        }
+        let Ok(found) = run_json(self.vmm("ps", run_dir).arg("--json")) else {
+            return;
+        };
+        for vm in found.as_array().into_iter().flatten() {
+            if let Some(pid) = vm["status"]["pid"].as_u64() {
+                // It may be gone by now.
+                let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
+            }
+        }
+    }
+}
+
 impl Drop for Cluster {
     fn drop(&mut self) {
         if self.keep {
@@ -534,6 +552,10 @@ impl Drop for Cluster {
             if let Some(child) = agent.child.take() {
                 let _ = kill(child);
             }
+        }
+        // What they started by themselves; nobody starts more of it now.
+        for agent in &self.agents {
+            self.end_all_in(&agent.data.join("run"));
         }
     }
 }

@@ -306,6 +306,30 @@ fn a_second_copy_is_not_started_by_accident() {
             );
         }
     }
+    // Nor from files that no longer tell where they come from, nor by a word that is the agents' alone.
+    let plain = text(folder.path().join("plain.seg"));
+    std::fs::copy(&files[0], &plain).unwrap();
+    for source in [
+        vec!["--store", &r1, &plain],
+        vec!["--store", &r1, "--name", "web", &plain],
+        vec!["--store", &r1, "--generation", "9", &plain],
+    ] {
+        let refused = restore(&cluster, "r1", &source);
+        assert!(!refused.status.success(), "{source:?} ran a second copy");
+        for part in ["may run already", "--name OTHER", "--allow-second-copy"] {
+            let said = said(&refused);
+            assert!(said.contains(part), "{source:?}: {said} lacks {part:?}");
+        }
+    }
+    // A pace that is none is refused while it runs as it is at its start.
+    let socket = machine.run_dir.join("web/api.sock");
+    for body in [
+        r#"{"holders":[],"every_ms":0}"#,
+        r#"{"holders":[],"every_ms":100}"#,
+    ] {
+        let (status, answer) = request(&socket, "PUT", "/protection", body);
+        assert_eq!(status, 400, "{body}: {answer}");
+    }
     // A copy beside it, and one that was asked for by its flag, are fine.
     let copy = restore(
         &cluster,
@@ -363,22 +387,31 @@ fn of_an_unprotected_vm_one_copy_runs_too() {
     let own = folder.path().join("vms/solo").display().to_string();
     let restore = |run: &str| {
         let mut command = cluster.vmm("restore", &folder.path().join(run));
-        command.args(["solo", "--from", &own, "--detach", "--store"]);
-        command.arg(folder.path().join(format!("{run}-store")));
+        command.args(["solo", "--store", &own, "--detach"]);
         command.stdin(std::process::Stdio::null()).output().unwrap()
     };
     let refused = restore("r1");
     assert!(
-        !refused.status.success() && said(&refused).contains("seems to run already"),
+        !refused.status.success() && said(&refused).contains("in use by another process"),
         "{}",
         said(&refused)
     );
     machine.kill().unwrap();
+    // Only from its own store, which one process has: of a copy of that store nobody could tell.
+    let mut elsewhere = cluster.vmm("restore", &folder.path().join("r0"));
+    elsewhere.args(["solo", "--from", &own, "--detach", "--store"]);
+    elsewhere.arg(folder.path().join("r0-store"));
+    let refused = elsewhere.stdin(std::process::Stdio::null()).output().unwrap();
+    assert!(
+        !refused.status.success() && said(&refused).contains("may run already"),
+        "{}",
+        said(&refused)
+    );
     let first = restore("r1");
     assert!(first.status.success(), "{}", said(&first));
     let second = restore("r2");
     assert!(
-        !second.status.success() && said(&second).contains("seems to run already"),
+        !second.status.success() && said(&second).contains("in use by another process"),
         "two restores of one VM ran at once: {}",
         said(&second)
     );
@@ -430,4 +463,61 @@ fn a_stop_says_which_holder_lacks_what() {
         }
         cluster.restart_agent(1).unwrap();
     }
+}
+
+#[test]
+fn a_takeover_with_a_holder_away_runs_and_one_agent_is_not_two_holders() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut cluster, holders) = pair(&folder);
+    let protect = ["--memory", "32M", "--every", "50ms", "--protect-to", &holders];
+    let mut machine = cluster.launch("web", "ticker", "period_ms=5", &protect).unwrap();
+    committed(&cluster, &machine, 3);
+
+    // The host of its owner and one of its two holders are lost at once: the other has all that was committed.
+    machine.kill().unwrap();
+    cluster.kill_agent(1).unwrap();
+    let report = run_json(cluster.standby(0).args(["promote", "web", "--json"])).unwrap();
+    let pid = u32::try_from(report["pid"].as_u64().unwrap()).unwrap();
+    let successor = cluster.adopt("web", 0, pid);
+    let from = report["resumed_from"]["name"]
+        .as_str()
+        .or(report["resumed_from"].as_str());
+    assert!(epoch(&from.into()) >= 3, "{report}");
+    let status = cluster.status("web", &successor.run_dir).unwrap();
+    assert_eq!(status["state"], "running", "{status}");
+    // It commits again when the holder is back.
+    cluster.restart_agent(1).unwrap();
+    wait_for("the new owner's first commit", || {
+        let status = cluster.status("web", &successor.run_dir)?;
+        let committed = status["committed"].as_str().unwrap_or_default();
+        Ok(committed.starts_with("web/2/").then_some(()))
+    })
+    .unwrap();
+    cluster.own(successor);
+
+    // The same agent by another of its names.
+    let other = cluster.agents[0].address.replace("127.0.0.1", "localhost");
+    let twice = format!("{},{other}", cluster.agents[0].address);
+    let refused = cluster
+        .vmm("run", &folder.path().join("twice"))
+        .args([
+            "--name",
+            "db",
+            "--memory",
+            "32M",
+            "--protect-to",
+            &twice,
+            "--kernel",
+        ])
+        .arg(cluster.guest("ticker"))
+        .arg("--store")
+        .arg(folder.path().join("twice-store"))
+        .arg("--detach")
+        .output()
+        .unwrap();
+    assert!(
+        !refused.status.success() && said(&refused).contains("are the same agent"),
+        "{}",
+        said(&refused)
+    );
 }

@@ -15,7 +15,7 @@ use migrate::protect::{CheckpointRequest, Parent, ProtectOptions, Protector};
 use migrate::registry::VmState;
 use migrate::shipper::{ShipStatus, Shipper, ShipperConfig};
 use migrate::spool::{Position, Spool};
-use migrate::store::{Durability, FsStore, StoreError, StoreLock};
+use migrate::store::{Durability, FsStore, StoreError};
 use migrate::transport::IdentityArgs;
 use segment::{Generation, SegmentName, VmId};
 use tokio::sync::{mpsc, watch};
@@ -97,8 +97,6 @@ pub struct Session {
     restored_from: Option<SegmentName>,
     started: Instant,
     store: Arc<FsStore>,
-    /// Where it came from, kept from a second process that would be the same VM.
-    _source: Option<StoreLock>,
     spool: Arc<Spool>,
     checkpoints: Checkpoints,
     /// What the checkpoint thread and the shipper's events report; held for a copy.
@@ -135,7 +133,6 @@ struct Origin {
     store: Arc<FsStore>,
     ownership: Option<Ownership>,
     generation: Generation,
-    source: Option<StoreLock>,
     /// What its first checkpoint may build on.
     parent: Option<Parent>,
     restored_from: Option<SegmentName>,
@@ -165,17 +162,20 @@ impl Session {
         devices: &[DeviceConfig],
     ) -> Result<Self, SessionError> {
         let devices = Devices::open(devices)?;
-        let store = open_store(&config, machine.memory_bytes)?;
+        // A new store waits for the disk, and the machine does not need it yet.
+        let (settings, memory_bytes) = (config.clone(), machine.memory_bytes);
+        let opened = blocking(move || open_store(&settings, memory_bytes));
         // The machine before the registry: a kernel that is none must not leave a VM behind in the cluster.
         let source = source.clone();
-        let vm = blocking(move || {
+        let made = blocking(move || {
             VmHandle::start(|outbox, ended| {
                 let leash = outbox.leash();
                 let attach = |ram: &Arc<GuestRam>| devices.attach(ram, &leash, None).map_err(Into::into);
                 Vm::boot(machine, &source, &attach, outbox, ended)
             })
-        })
-        .await??;
+        });
+        let (store, vm) = tokio::join!(opened, made);
+        let (store, vm) = (store??, vm??);
         let (ownership, generation) = own(&config, &store, None).await?;
         Self::new(
             config,
@@ -184,7 +184,6 @@ impl Session {
                 store,
                 ownership,
                 generation,
-                source: None,
                 parent: None,
                 restored_from: None,
             },
@@ -215,7 +214,7 @@ impl Session {
     ) -> Result<Self, SessionError> {
         let plan = load_plan(&config, &from)?;
         let tip = plan.manifest().name.clone();
-        let source = sole::check(&config, &from, &tip)?;
+        sole::check(&config, &from, &tip)?;
         let records = plan.records()?;
         let saved = state::from_records(&records).map_err(|source| SessionError::State {
             name: tip.clone(),
@@ -269,7 +268,6 @@ impl Session {
                 store,
                 ownership,
                 generation,
-                source,
                 parent,
                 restored_from: Some(tip),
             },
@@ -304,7 +302,6 @@ impl Session {
             store,
             ownership,
             generation,
-            source: from_store,
             parent,
             restored_from,
         } = origin;
@@ -334,7 +331,6 @@ impl Session {
             restored_from,
             started: Instant::now(),
             store,
-            _source: from_store,
             spool,
             checkpoints,
             progress,
@@ -515,6 +511,7 @@ impl Session {
                             .into(),
                     ));
                 }
+                ownership::check_pace(&new)?;
                 on.ownership.protection.every_ms = new.every_ms;
                 if on.shipping {
                     self.checkpoints.every(Some(Duration::from_millis(new.every_ms)));
@@ -527,7 +524,8 @@ impl Session {
                 }
             }
             (None, Some(new)) => {
-                let mut ownership = Ownership::prepare(&self.config.name, new, &self.config.trust).await?;
+                let mut ownership =
+                    Ownership::prepare(&self.config.name, new, &self.config.trust, false).await?;
                 // The session's generation is in every checkpoint it has taken, so it cannot change: the registry
                 // must give the very same one.
                 ownership.claim_exactly(self.generation).await?;
@@ -763,7 +761,13 @@ async fn own(
     let Some(protection) = config.protection.clone() else {
         return Ok((None, config.generation.unwrap_or(floor.next())));
     };
-    let mut ownership = Ownership::prepare(&config.name, protection, &config.trust).await?;
+    let mut ownership = Ownership::prepare(
+        &config.name,
+        protection,
+        &config.trust,
+        config.generation.is_some(),
+    )
+    .await?;
     let generation = match config.generation {
         Some(generation) => ownership.confirm(generation).await?,
         None => ownership.claim(floor, implied.as_ref()).await?,
@@ -807,7 +811,18 @@ fn plan_from(
                 vm: config.name.clone(),
             })?,
     };
-    Ok(LoadPlan::new(store, &tip)?)
+    LoadPlan::new(store, &tip).map_err(|error| {
+        // "Missing" is not all there is to say of a file that is there.
+        let of_chain = store.damaged().into_iter().next();
+        match of_chain {
+            Some(file) => SessionError::Unusable {
+                name: tip,
+                path: file.path,
+                why: file.why,
+            },
+            None => error.into(),
+        }
+    })
 }
 
 /// The memory and the disks the records speak of are those the pages are for.

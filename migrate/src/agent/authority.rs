@@ -200,7 +200,7 @@ pub(super) fn authorise(here: &str, peer: &Peer, asked: Asked<'_>, owner: &Owner
             given_out(&copy.vm, copy.generation, owner).map(drop)
         }
         Call::Fetch(fetch) => {
-            let allowed = [CertRole::Execute, CertRole::Store];
+            let allowed = [CertRole::Operator, CertRole::Execute, CertRole::Store];
             let own = matches!(owner, Owner::Is { node: owner, .. } if *owner == node.name);
             match own && node.has(CertRole::Owner) {
                 true => Ok(()),

@@ -222,7 +222,7 @@ fn table() -> Vec<(Call, [Needs; 4], bool)> {
         ),
         (
             Call::Fetch(NameCall { name: name() }),
-            [Y, Y, OwnAnyGeneration, X],
+            [Y, Y, OwnAnyGeneration, Y],
             false,
         ),
         (registry(node(ME, &[])), [Y, Y, X, X], false),

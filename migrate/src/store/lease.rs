@@ -129,12 +129,12 @@ impl Drop for WithoutReaders<'_> {
 /// The file for the one who writes.
 pub(super) fn for_writer(dir: &Path) -> Result<File, StoreError> {
     let path = dir.join(READERS);
-    let opened = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path);
+    // Only to make it: what is there is opened as below.
+    let made = OpenOptions::new().write(true).create_new(true).open(&path);
+    let opened = match made {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => Err(e),
+        Ok(_) | Err(_) => crate::regular::open(&path),
+    };
     opened.map_err(|source| StoreError::Io {
         what: "open",
         path,
@@ -144,7 +144,7 @@ pub(super) fn for_writer(dir: &Path) -> Result<File, StoreError> {
 
 /// The file, locked by a reader; none in a store that no collector has ever worked in, or that cannot be locked.
 pub(super) fn for_reader(dir: &Path) -> Option<File> {
-    let file = File::open(dir.join(READERS)).ok()?;
+    let file = crate::regular::open(&dir.join(READERS)).ok()?;
     // Waits while the collector renames a file or removes some: milliseconds.
     flock(&file, FlockOperation::LockShared).ok()?;
     Some(file)

@@ -78,7 +78,7 @@ pub use incoming::Incoming;
 pub use keep::{KeepPolicy, Point, PolicyError};
 pub use lease::{Lease, Reading};
 pub use lineage::Lineage;
-pub use open::{StoreLock, promised_in};
+pub use open::promised_in;
 pub use pace::{Hurry, Pace, Paced};
 pub use promise::{Promise, promise};
 

@@ -137,6 +137,45 @@ mod tests {
     use crate::store::fixture::{chain, name, put, vm};
 
     #[test]
+    fn a_pipe_anywhere_in_a_store_is_waited_for_by_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let names = chain("web", 2);
+        let store = FsStore::open(dir.path(), None, Durability::Durable).unwrap();
+        for (name, bytes) in &names {
+            put(&store, name, bytes).unwrap();
+        }
+        drop(store);
+        let pipe = |at: &str| {
+            let path = dir.path().join(at);
+            // What is there has made room for it.
+            let _ = fs::remove_file(&path);
+            let made = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
+            assert!(made.success(), "{at}");
+        };
+        for at in ["segments/y", "segments/web/y", "segments/web/1/y"] {
+            pipe(at);
+            let store = FsStore::open(dir.path(), None, Durability::Durable).unwrap();
+            assert_eq!(store.all().len(), 2, "{at}");
+            drop(store);
+            assert_eq!(
+                FsStore::open_read_only(dir.path()).unwrap().all().len(),
+                2,
+                "{at}"
+            );
+            let one = FsStore::open_chain(dir.path(), &vm("web"), None).unwrap();
+            assert_eq!(one.all().len(), 2, "{at}");
+        }
+        // Where it takes the place of something that is needed, that is said.
+        for at in ["policies/web", "readers"] {
+            pipe(at);
+            let error = FsStore::open(dir.path(), None, Durability::Durable).unwrap_err();
+            assert!(matches!(error, StoreError::Io { .. }), "{error}");
+            assert_eq!(FsStore::open_read_only(dir.path()).unwrap().all().len(), 2);
+            fs::remove_file(dir.path().join(at)).unwrap();
+        }
+    }
+
+    #[test]
     fn no_file_but_those_of_the_chain_is_opened() {
         let dir = tempfile::tempdir().unwrap();
         let store = FsStore::open(dir.path(), None, Durability::Durable).unwrap();

@@ -51,9 +51,7 @@ impl FsStore {
         let durable = disk.made_durable();
         let to_error = |e| StoreError::from_disk(dir, e);
         durable.sync_parent(dir).map_err(to_error)?;
-        for folder in FOLDERS {
-            durable.create_dir(&dir.join(folder)).map_err(to_error)?;
-        }
+        durable.create_dirs(dir, &FOLDERS).map_err(to_error)?;
         empty(&dir.join("tmp"), &disk).map_err(to_error)?;
 
         let mut store = Self {
@@ -220,29 +218,6 @@ pub fn promised_in(dir: &Path, vm: &VmId) -> Result<Generation, StoreError> {
             path,
             source,
         }),
-    }
-}
-
-/// A store kept from all other processes that would write it, until this is dropped; nothing of it is read.
-#[derive(Debug)]
-pub struct StoreLock(#[expect(dead_code, reason = "held, not used")] File);
-
-impl StoreLock {
-    /// Locks the store in `dir`; nothing when this process may not write there.
-    ///
-    /// # Errors
-    /// [`StoreError::Locked`] when another process has it, and what the disk says.
-    pub fn take(dir: &Path) -> Result<Option<Self>, StoreError> {
-        use io::ErrorKind::{NotFound, PermissionDenied, ReadOnlyFilesystem};
-        match take_lock(dir) {
-            Ok(file) => Ok(Some(Self(file))),
-            Err(StoreError::Io { source, .. })
-                if matches!(source.kind(), NotFound | PermissionDenied | ReadOnlyFilesystem) =>
-            {
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        }
     }
 }
 

@@ -43,9 +43,12 @@ pub(super) enum Content {
 pub(super) fn scan(segments: &Path) -> Result<(Vec<Found>, Vec<PathBuf>), StoreError> {
     let mut folders = vec![segments.to_owned()];
     let mut files = Vec::new();
-    for (vm, vm_path) in children(segments)? {
+    // Neither a file nor a pipe is one, whatever its name.
+    let folders_in =
+        |dir: &Path| children(dir).map(|all| all.into_iter().filter(|(_, path)| is_folder(path)));
+    for (vm, vm_path) in folders_in(segments)? {
         folders.push(vm_path.clone());
-        for (generation, generation_path) in children(&vm_path)? {
+        for (generation, generation_path) in folders_in(&vm_path)? {
             folders.push(generation_path.clone());
             for (file, path) in children(&generation_path)? {
                 let name = file
@@ -75,6 +78,10 @@ pub(super) fn names_of(segments: &Path, vm: &VmId) -> Result<Vec<SegmentName>, S
         }
     }
     Ok(names)
+}
+
+fn is_folder(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir())
 }
 
 /// Names and paths of what is in a folder; nothing when it is not one.

@@ -211,7 +211,7 @@ struct Seen {
 /// Watches until `epochs` checkpoints are committed and the guest has filled its memory.
 fn watch(cluster: &Cluster, machine: &crate::harness::Machine, epochs: u64, work_mib: u64) -> Result<Seen> {
     let progress = bar(epochs, "checkpoints committed")?;
-    // (epoch, count): every checkpoint after `epoch` was taken when the guest had written at least `count`.
+    // (epoch, count): every checkpoint after the one that follows `epoch` was taken when the guest had written at least `count`.
     let mut bounds: Vec<(u64, u64)> = Vec::new();
     let seen = wait_for("checkpoints to be committed", || {
         let count = counter(&machine.console()?, "writes").unwrap_or(0);
@@ -229,7 +229,8 @@ fn watch(cluster: &Cluster, machine: &crate::harness::Machine, epochs: u64, work
         let at = bounds
             .iter()
             .rev()
-            .find(|(epoch, _)| *epoch < committed)
+            // One may have been on its way to the store when that was seen.
+            .find(|(epoch, _)| *epoch + 1 < committed)
             .map_or(0, |(_, count)| *count);
         Ok((committed >= epochs && filled && at > 0).then(|| Seen {
             work_mib,

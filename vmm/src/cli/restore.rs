@@ -23,7 +23,7 @@ use crate::session::{Bindings, RestoreFrom, Session, SessionConfig, SessionError
                         on.\nExamples:\n  vmm restore --name web                      # its newest checkpoint here\n  \
                         vmm restore web/1/42 --name web             # that one\n  \
                         vmm restore --from /data/store web --name copy --store /tmp/copy\n  \
-                        vmm restore --name web full.seg delta.seg   # a chain of files\n  \
+                        vmm restore --name copy full.seg delta.seg  # a chain of files\n  \
                         vmm restore --check full.seg                # can this host run it?"
 )]
 pub(super) struct Restore {
@@ -151,6 +151,7 @@ impl Restore {
         };
         self.keeping.apply(&mut config)?;
         let Wanted { name, from } = self.wanted(&config)?;
+        let protected = config.protection.is_some();
         let run_dir = self.run_dir.path();
         let console_log = match (&self.manner.console_log, self.audience()) {
             (Some(log), _) => Some(absolute(log)),
@@ -175,7 +176,7 @@ impl Restore {
             console_log,
             audience: self.audience(),
             // Who was given a generation is the owner, whatever process of an earlier one is still there.
-            over_older: self.generation.is_some(),
+            over_older: self.generation.is_some() && (protected || self.allow_second_copy),
             nameless: false,
         })
     }
@@ -273,14 +274,32 @@ impl Restore {
     /// The newest whole checkpoint of `vm`, found here: under another name the session would look for that one's.
     fn newest(&self, given: Option<VmId>, vm: VmId, config: &VmConfig) -> Result<Wanted, CliError> {
         let dir = self.source(&vm, config);
-        let newest = match FsStore::open_chain(&dir, &vm, None) {
-            Ok(store) => store.newest_complete(&vm),
-            Err(StoreError::NoStore { .. }) => None,
+        let (newest, newer) = match FsStore::open_chain(&dir, &vm, None) {
+            Ok(store) => (
+                store.newest_complete(&vm),
+                store.damaged().into_iter().max_by(|a, b| a.name.cmp(&b.name)),
+            ),
+            Err(StoreError::NoStore { .. }) => (None, None),
             Err(error) => return Err(SessionError::Store(error).into()),
         };
         let Some(newest) = newest else {
-            return Err(SessionError::NothingToRestore { dir, vm }.into());
+            return Err(match newer {
+                Some(bad) => CliError::Said(format!(
+                    "no checkpoint of {vm} in {dir:?} can be restored: {}: {}",
+                    bad.path.display(),
+                    bad.why
+                )),
+                None => SessionError::NothingToRestore { dir, vm }.into(),
+            });
         };
+        // To go back is for the user to say, not for a file that cannot be read.
+        if let Some(bad) = newer.filter(|bad| bad.name > newest.name) {
+            return Err(CliError::Said(format!(
+                "the newest checkpoint of {vm}, {}, cannot be used: {}. The newest that can is {}: `vmm restore {}` goes \
+                 on from it",
+                bad.name, bad.why, newest.name, newest.name
+            )));
+        }
         Ok(Wanted {
             name: given.unwrap_or(vm),
             from: RestoreFrom::Store {

@@ -81,17 +81,27 @@ pub enum SessionError {
         /// Where.
         dir: PathBuf,
     },
-    /// Another process has the store that it comes from.
+    /// Nothing says that it does not run elsewhere.
     #[error(
-        "VM {vm} seems to run already, and a second copy would act under the same name. Stop it first (`vmm stop {vm}`), \
-         or restore a copy beside it with --name OTHER. If you are certain that it does not run: --allow-second-copy"
+        "VM {vm} may run already, and a second copy would act under the same name: without a registry to ask, it goes on \
+         from its own store alone, which is {own:?} here (--store DIR for another). For a copy beside it: --name OTHER. \
+         If you are certain that it runs nowhere else: --allow-second-copy"
     )]
-    RunsAlready {
+    SecondCopy {
         /// The VM.
         vm: VmId,
-        /// Who has it.
-        #[source]
-        source: Box<StoreError>,
+        /// Its store on this host.
+        own: PathBuf,
+    },
+    /// A file of the chain is there and of no use.
+    #[error("checkpoint {name} cannot be restored: {} cannot be used: {why}", path.display())]
+    Unusable {
+        /// The checkpoint.
+        name: SegmentName,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
     },
     /// The store named for it is not its own.
     #[error("the store {dir:?} is that of VM {other}: give VM {vm} a folder of its own with --store")]

@@ -40,11 +40,14 @@ pub(super) struct Ownership {
 }
 
 impl Ownership {
-    /// Checks the protection asked for, and finds the registry and enough holders.
+    /// Checks the protection asked for, and finds the registry and enough holders. When the takeover has been decided
+    /// already (`confirmed`: the generation is given), a holder that is away keeps nothing from running: its time to
+    /// commit comes when it is back.
     pub(super) async fn prepare(
         vm: &VmId,
         mut protection: Protection,
         trust: &IdentityArgs,
+        confirmed: bool,
     ) -> Result<Self, SessionError> {
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
         let identity = trust.identity(&host).map_err(SessionError::Identity)?;
@@ -60,6 +63,7 @@ impl Ownership {
         // Every agent that answers for the registry: when one of them is gone another is asked. (Should they belong to
         // two registries, the answers of one are refused by what was seen of the other.)
         let mut found: Vec<String> = Vec::new();
+        let mut nodes: Vec<(String, String)> = Vec::new();
         for address in &protection.holders {
             match Client::connect(address, &identity).await {
                 Ok(client) => {
@@ -67,6 +71,14 @@ impl Ownership {
                     if client.welcome().version >= LEASE_VERSION {
                         can_grant += 1;
                     }
+                    let node = client.welcome().node.clone();
+                    if let Some((_, before)) = nodes.iter().find(|(known, _)| *known == node) {
+                        return Err(SessionError::Protection(format!(
+                            "{before} and {address} are the same agent ({node}): one copy would count as two. Name each \
+                             agent once"
+                        )));
+                    }
+                    nodes.push((node, address.clone()));
                     let registry = client
                         .welcome()
                         .registry
@@ -79,7 +91,7 @@ impl Ownership {
                 Err(error) => down.push(super::chain(&error)),
             }
         }
-        if up < ack_quorum {
+        if up < ack_quorum && !confirmed {
             let holders = protection.holders.len();
             return Err(SessionError::Holders {
                 up,
@@ -88,7 +100,7 @@ impl Ownership {
                 why: down.join("; "),
             });
         }
-        if wanted.is_some() && can_grant < ack_quorum {
+        if wanted.is_some() && can_grant < ack_quorum && !confirmed {
             return Err(SessionError::Protection(format!(
                 "--failover auto needs {ack_quorum} holders that grant leases, and {can_grant} of those that answer do: \
                  update the others, or let it be taken over by hand with --failover manual"
@@ -374,7 +386,8 @@ impl Ownership {
     /// Whether `other` differs in the pace at most.
     pub(super) fn same_cluster(&self, other: &Protection) -> bool {
         // Chosen by a policy: they are the ones it has, whatever has become of them since.
-        let chosen = other.holders.is_empty() && other.policy == self.protection.policy;
+        let chosen =
+            other.holders.is_empty() && other.policy.is_some() && other.policy == self.protection.policy;
         (chosen || other.holders == self.named || other.holders == self.protection.holders)
             && other.ack_quorum.is_none_or(|quorum| quorum == self.ack_quorum)
             && (other.failover.is_none() || other.failover == self.protection.failover)
@@ -460,6 +473,17 @@ fn taken(record: VmRecord) -> RegistryError {
     }
 }
 
+/// Checks how often checkpoints are asked for.
+pub(super) fn check_pace(protection: &Protection) -> Result<(), SessionError> {
+    if (MIN_EVERY_MS..=MAX_EVERY_MS).contains(&protection.every_ms) {
+        return Ok(());
+    }
+    Err(SessionError::Protection(format!(
+        "a checkpoint every {} ms: 1 ms to 1 h is possible",
+        protection.every_ms
+    )))
+}
+
 /// Checks a protection; returns its ack quorum.
 fn check(protection: &Protection) -> Result<usize, SessionError> {
     let refuse = |why: String| Err(SessionError::Protection(why));
@@ -481,12 +505,7 @@ fn check(protection: &Protection) -> Result<usize, SessionError> {
             twice.1
         ));
     }
-    if !(MIN_EVERY_MS..=MAX_EVERY_MS).contains(&protection.every_ms) {
-        return refuse(format!(
-            "a checkpoint every {} ms: 1 ms to 1 h is possible",
-            protection.every_ms
-        ));
-    }
+    check_pace(protection)?;
     let quorum = protection.ack_quorum.unwrap_or(holders.len() / 2 + 1);
     if quorum == 0 || quorum > holders.len() {
         return refuse(format!(

@@ -1,26 +1,26 @@
 //! A VM runs once: a restore that no registry has agreed to must not become a second copy by accident.
 //!
 //! A copy under another name is another VM and always fine. Under the VM's own name, and without protection, nobody is
-//! asked who owns it; so it is refused where there is a sign that another may: the store is one of a VM in the care of
-//! a cluster (a generation is promised in it), or another process has it.
+//! asked who owns it. It goes on from its own store then, which one process at a time has, and from nothing else: files,
+//! and stores of others, say nothing of where it runs. Nor does it go on from a store that has promised a generation of
+//! it: that one is in the care of a cluster.
 
 use std::path::{Path, PathBuf};
 
-use migrate::store::{FsStore, StoreError, StoreLock, promised_in};
+use migrate::store::{FsStore, promised_in};
 use segment::{Generation, SegmentName};
 
 use super::{RestoreFrom, SessionConfig, SessionError};
 
-/// Refuses what could be a second copy; what is returned is kept for as long as the VM lives, so that the next one is
-/// refused too.
+/// Refuses what could be a second copy.
 pub(super) fn check(
     config: &SessionConfig,
     from: &RestoreFrom,
     tip: &SegmentName,
-) -> Result<Option<StoreLock>, SessionError> {
-    let asked_for = config.protection.is_some() || config.generation.is_some() || config.second_copy;
-    if asked_for || tip.vm != config.name {
-        return Ok(None);
+) -> Result<(), SessionError> {
+    // With protection the registry is asked.
+    if config.protection.is_some() || config.second_copy || tip.vm != config.name {
+        return Ok(());
     }
     let sources = match from {
         RestoreFrom::Store { dir, .. } => vec![dir.clone()],
@@ -37,17 +37,12 @@ pub(super) fn check(
         }
     }
     match from {
-        // Its own is locked when it is opened.
-        RestoreFrom::Store { dir, .. } if !same(dir, &config.store) => {
-            StoreLock::take(dir).map_err(|source| match source {
-                source @ StoreError::Locked { .. } => SessionError::RunsAlready {
-                    vm: config.name.clone(),
-                    source: Box::new(source),
-                },
-                other => other.into(),
-            })
-        }
-        RestoreFrom::Store { .. } | RestoreFrom::Files(_) => Ok(None),
+        // Locked when it is opened.
+        RestoreFrom::Store { dir, .. } if same(dir, &config.store) => Ok(()),
+        RestoreFrom::Store { .. } | RestoreFrom::Files(_) => Err(SessionError::SecondCopy {
+            vm: config.name.clone(),
+            own: config.store.clone(),
+        }),
     }
 }
 

@@ -91,6 +91,20 @@ fn getting_started_as_in_firecrackers_documentation() {
         (204, String::new())
     );
     let (file, memory) = (world.text("snapshot_file"), world.text("mem_file"));
+    // What is no file is not replaced by one.
+    let pipe = world.text("pipe");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status().unwrap();
+    assert!(made.success());
+    for body in [
+        format!("{{\"snapshot_path\": \"{pipe}\", \"mem_file_path\": \"{memory}\"}}"),
+        format!("{{\"snapshot_path\": \"{file}\", \"mem_file_path\": \"{pipe}\"}}"),
+    ] {
+        let (status, said) = curl(&socket, "PUT", "/snapshot/create", &body);
+        assert!(
+            status == 400 && said.contains("no regular file"),
+            "{status} {said}"
+        );
+    }
     let snapshot = format!(
         "{{\n            \"snapshot_type\": \"Full\",\n            \"snapshot_path\": \"{file}\",\n            \
          \"mem_file_path\": \"{memory}\"\n    }}"

@@ -95,8 +95,12 @@ fn a_chain_of_files_is_enough() {
     wait_for("the guest to go on", || {
         (world.ticks("moved")? > tick).then_some(())
     });
-    // Without a name it has the one it had.
-    let said = world.vmm(&["restore", &full, "--paused", "--detach"]).ok();
+    // Without a name it has the one it had, which another may have as well.
+    world
+        .vmm(&["restore", &full, "--paused", "--detach"])
+        .refused(&["web", "--allow-second-copy"]);
+    let certain = ["restore", &full, "--paused", "--detach", "--allow-second-copy"];
+    let said = world.vmm(&certain).ok();
     assert!(said.starts_with("web: paused from web/1/1"), "{said}");
     assert_eq!(world.console("web"), "");
     world.vmm(&["resume", "web"]).ok();
@@ -123,6 +127,8 @@ fn the_one_line_for_the_agent() {
         "web/1/2",
         "--generation",
         "7",
+        // Part of this has no registry to ask.
+        "--allow-second-copy",
     ];
     // No holder is there: nothing runs, and the line says so.
     let protected = [
@@ -190,6 +196,7 @@ fn the_one_line_for_the_agent() {
         "web/1/2",
         "--generation",
         "8",
+        "--allow-second-copy",
     ];
     let rest = ["--store", &spool, "--run-dir", &run, "--ready-stdout"];
     let mut new = world.start(&[&later[..], &rest].concat());

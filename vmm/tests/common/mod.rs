@@ -73,7 +73,8 @@ pub(crate) fn config(name: &str, store: &Path) -> SessionConfig {
         protection: None,
         generation: None,
         trust: Default::default(),
-        second_copy: false,
+        // Here "web" is many a VM.
+        second_copy: true,
     }
 }
 

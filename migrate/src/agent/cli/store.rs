@@ -1,6 +1,5 @@
 //! Commands about what a store keeps: `keep`, `fold`, `verify`, `export`, `import`.
 
-use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -184,8 +183,8 @@ pub(super) struct Import {
 
 impl Import {
     pub(super) async fn run(self, agent: &Agency) -> Result<(), CliError> {
-        let mut file =
-            File::open(&self.file).map_err(|e| refuse(format!("open {}: {e}", self.file.display())))?;
+        let mut file = crate::regular::open(&self.file)
+            .map_err(|e| refuse(format!("open {}: {e}", self.file.display())))?;
         let mut client = connect(agent).await?;
         let next = || {
             let mut piece = Vec::new();

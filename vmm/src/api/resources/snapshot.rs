@@ -146,10 +146,16 @@ fn check_folder(field: &str, path: &Path) -> Result<(), Fault> {
     if !folder.is_dir() {
         return Err(Fault::bad(format!("{field}: {folder:?} is not a folder")));
     }
-    if path.is_dir() || path.file_name().is_none() {
+    if path.file_name().is_none() {
         return Err(Fault::bad(format!("{field}: {path:?} is not a file name")));
     }
-    Ok(())
+    // What is there is replaced: a file may be, a device or a pipe may not.
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if !found.is_file() => Err(Fault::bad(format!(
+            "{field}: {path:?} is there and no regular file: name another"
+        ))),
+        Ok(_) | Err(_) => Ok(()),
+    }
 }
 
 fn folder_of(path: &Path) -> &Path {
