@@ -10,6 +10,20 @@ use understudy_tests::harness::Binaries;
 
 #[test]
 fn a_debian_guest_boots_is_restored_keeps_its_time_and_restarts() {
+    whole_life("2");
+}
+
+/// Some ten checkpoints a second while four vCPUs are started. Of four such boots one ended in a triple fault and one
+/// stood still, where each of four without checkpoints came up: whose fault that is, ours, KVM's or that of the
+/// processor it is emulated on, is not known yet.
+#[test]
+#[ignore = "known to fail: a guest that is checkpointed all the time while it boots does not always come up there"]
+fn a_debian_guest_boots_under_constant_checkpoints() {
+    whole_life("0");
+}
+
+/// `pace`: seconds between the checkpoints of the boot.
+fn whole_life(pace: &str) {
     let cache = cache().unwrap();
     let image = Image::build(&cache.join("debian"), &Packages::new(cache.join("packages"))).unwrap();
     let folder = tempfile::tempdir().unwrap();
@@ -25,6 +39,7 @@ fn a_debian_guest_boots_is_restored_keeps_its_time_and_restarts() {
         .args(share(&script))
         .arg("sh")
         .args([&script, &image.bzimage, &image.initramfs])
+        .arg(pace)
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);

@@ -1,6 +1,7 @@
-# What tests/linux.rs does in the emulated host: sh linux.sh KERNEL INITRAMFS
+# What tests/linux.rs does in the emulated host: sh linux.sh KERNEL INITRAMFS PACE
+# PACE: seconds between the checkpoints while it boots.
 set -u
-kernel=$1 initrd=$2
+kernel=$1 initrd=$2 pace=$3
 runs=/run/understudy
 
 fail() {
@@ -36,7 +37,9 @@ line='console=ttyS0 quiet tsc=reliable panic=-1 us.run=shell'
 # Four vCPUs; checkpoints while they are started, each a delta on the one before.
 vmm run --name web --kernel "$kernel" --initrd "$initrd" --cmdline "$line" --memory 256M --cpus 4 --detach || fail "it does not run"
 taken=0
-until grep -q 'us: up' "$runs/web/console.log"; do
+# The whole line: the console's file grows by pieces.
+until grep -q 'us: up.*run=' "$runs/web/console.log"; do
+    sleep "$pace"
     vmm checkpoint web >/dev/null || fail "checkpoint while it boots"
     taken=$((taken + 1))
     [ $taken -lt 600 ] || fail "it does not boot"
