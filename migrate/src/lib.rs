@@ -26,6 +26,7 @@ pub mod protect;
 pub mod protocol;
 pub mod registry;
 pub mod regular;
+pub mod seal;
 pub mod shipper;
 pub mod spool;
 pub mod store;

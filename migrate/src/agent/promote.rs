@@ -13,12 +13,10 @@ use crate::clock::boottime;
 use crate::failover::{
     Holding, Outcome, Plan, PlanAction, PlanEvent, PlanOptions, PromoteError, SealFailure,
 };
-use crate::lease::MAX_TTL;
 use crate::registry::{MAX_PAGE_RECORDS, OwnerProcess, Role, VmState};
-use crate::transport::{CallError, Client, in_full};
-use crate::wire::{
-    Call, Failure, HoldingCall, PhaseTime, PromoteCall, PromoteReport, Reply, SealCall, SealReport,
-};
+use crate::seal;
+use crate::transport::{Client, in_full};
+use crate::wire::{Call, Failure, HoldingCall, PhaseTime, PromoteCall, PromoteReport, Reply, SealReport};
 
 /// How long a holder may take to promise.
 const SEAL_DEADLINE: Duration = Duration::from_secs(5);
@@ -89,6 +87,7 @@ pub(super) async fn promote(inner: &Arc<Inner>, call: PromoteCall) -> Result<Pro
         accept_loss,
         force,
     };
+    let started = Instant::now();
     let refuse = |why: String| Err(Failure { why });
     if !inner.roles.contains(&Role::Execute) {
         return refuse(format!(
@@ -115,7 +114,7 @@ pub(super) async fn promote(inner: &Arc<Inner>, call: PromoteCall) -> Result<Pro
     let inner = inner.clone();
     let carried = tokio::spawn(async move {
         let _claim = claim;
-        carry_out(&inner, vm, options).await
+        carry_out(&inner, vm, options, started).await
     });
     match carried.await {
         Ok(Ok(report)) => Ok(report),
@@ -128,10 +127,10 @@ async fn carry_out(
     inner: &Arc<Inner>,
     vm: VmId,
     options: PlanOptions,
+    started: Instant,
 ) -> Result<PromoteReport, PromoteError> {
-    let started = Instant::now();
     let mut phases: Vec<PhaseTime> = Vec::new();
-    let mut phase = ("read", started);
+    let mut phase = ("check", started);
     let mut plan = Plan::new(vm.clone(), options);
     let mut asked: JoinSet<PlanEvent> = JoinSet::new();
     let mut event = PlanEvent::Begin;
@@ -264,25 +263,10 @@ async fn seal(
     vm: &VmId,
     generation: Generation,
 ) -> Result<Holding, SealFailure> {
-    let unreachable = |why: String| SealFailure::Unreachable { why };
-    let mut client = Client::connect(holder, &inner.identity)
+    let report = seal::seal(holder, &inner.identity, vm, generation, SEAL_DEADLINE).await?;
+    remembered(inner, holder, vm, report)
         .await
-        .map_err(|e| unreachable(e.in_full()))?;
-    let call = Call::Seal(SealCall {
-        vm: vm.clone(),
-        generation,
-    });
-    match client.call(call, SEAL_DEADLINE).await {
-        // A promise of anything else is not the one that was asked for.
-        Ok(Reply::Sealed(report)) if report.generation == generation => {
-            remembered(inner, holder, vm, report).await.map_err(unreachable)
-        }
-        Ok(_) => Err(unreachable("it answered something else".into())),
-        Err(CallError::Fenced { fenced, .. }) => Err(SealFailure::Fenced {
-            current: fenced.current,
-        }),
-        Err(e) => Err(unreachable(in_full(&e))),
-    }
+        .map_err(|why| SealFailure::Unreachable { why })
 }
 
 async fn ask(inner: &Inner, holder: &str, vm: &VmId, thorough: bool) -> Result<Holding, String> {
@@ -307,15 +291,13 @@ async fn ask(inner: &Inner, holder: &str, vm: &VmId, thorough: bool) -> Result<H
 
 /// What a holder says; one that knows nothing of the VM is looked up in the registry: its disk may be a new one.
 async fn remembered(inner: &Inner, holder: &str, vm: &VmId, report: SealReport) -> Result<Holding, String> {
+    let granted = report.granted();
     let SealReport {
         newest,
         had,
         dangling,
-        grant_remaining_ms,
         ..
     } = report;
-    // What a holder says is not believed beyond what it can have granted.
-    let granted = Duration::from_millis(grant_remaining_ms.unwrap_or(0)).min(MAX_TTL * 2);
     let mut forgot = None;
     if newest.is_none() && had.is_none() && dangling.is_none() {
         let mut after: Option<SegmentName> = None;

@@ -1,11 +1,14 @@
 //! Questions and answers about who runs a VM: takeovers, what they stand on, and drills.
 
+use std::time::Duration;
+
 use minicbor::{Decode, Encode};
 use segment::{Generation, SegmentName, VmId};
 use serde::Serialize;
 
 use super::{Held, SegmentBrief};
 use crate::detect::Process;
+use crate::lease::MAX_TTL;
 use crate::registry::OwnerProcess;
 
 /// Which process.
@@ -178,6 +181,14 @@ pub struct SealReport {
     /// has to run out. Absent when it granted nothing.
     #[n(4)]
     pub grant_remaining_ms: Option<u64>,
+}
+
+impl SealReport {
+    /// [`Self::grant_remaining_ms`], as far as a holder is believed: not beyond what it can have granted.
+    #[must_use]
+    pub fn granted(&self) -> Duration {
+        Duration::from_millis(self.grant_remaining_ms.unwrap_or(0)).min(MAX_TTL * 2)
+    }
 }
 
 /// How long one phase of a promote took.

@@ -2,16 +2,16 @@
 
 use std::time::Duration;
 
-use migrate::failover::{lease_left, seals_needed};
+use migrate::failover::{SealFailure, lease_left, seals_needed};
 use migrate::lease::{Electors, LeaseTerms};
 use migrate::placement::{Placing, Policy, place};
 use migrate::process;
 use migrate::registry::{Failover, HistoryEntry, NewVm, Registry, RegistryError, VmRecord, VmState};
+use migrate::seal::seal;
 use migrate::spool::Position;
 use migrate::transport::{Client, Identity, IdentityArgs};
+use migrate::wire::LEASE_VERSION;
 use segment::{Generation, VmId};
-
-use migrate::wire::{Call, LEASE_VERSION, Reply, SealCall};
 
 use super::report::{FailoverMode, OnLapse};
 use super::{Protection, SessionError};
@@ -20,8 +20,6 @@ use super::{Protection, SessionError};
 const MIN_EVERY_MS: u64 = 1;
 /// The longest.
 const MAX_EVERY_MS: u64 = 3_600_000;
-/// The longest that a holder can have granted: the longest lease, twice for good measure.
-const MAX_GRANT_MS: u64 = 2 * migrate::lease::MAX_TTL.as_millis() as u64;
 /// How long the registry may take to be told of a change.
 const ANNOUNCE_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -209,12 +207,23 @@ impl Ownership {
             let needed = seals_needed(raised.holders.len(), raised.ack_quorum as usize);
             let (mut sealed, mut down) = (0, Vec::new());
             for holder in &raised.holders {
-                match self.seal(holder, raised.generation).await {
-                    Ok(granted) => {
+                match seal(
+                    holder,
+                    &self.identity,
+                    &self.vm,
+                    raised.generation,
+                    ANNOUNCE_DEADLINE,
+                )
+                .await
+                {
+                    Ok(report) => {
                         sealed += 1;
-                        left = left.max(granted);
+                        left = left.max(report.granted());
                     }
-                    Err(why) => down.push(format!("{holder}: {why}")),
+                    Err(SealFailure::Fenced { current }) => {
+                        down.push(format!("{holder}: it has promised generation {current}"));
+                    }
+                    Err(SealFailure::Unreachable { why }) => down.push(format!("{holder}: {why}")),
                 }
             }
             if sealed < needed {
@@ -231,25 +240,6 @@ impl Ownership {
             tokio::time::sleep(left).await;
         }
         Ok(())
-    }
-
-    /// Has a holder promise a generation; for how long what it granted before still holds.
-    async fn seal(&self, holder: &str, generation: Generation) -> Result<Duration, String> {
-        let mut client = Client::connect(holder, &self.identity)
-            .await
-            .map_err(|e| super::chain(&e))?;
-        let call = Call::Seal(SealCall {
-            vm: self.vm.clone(),
-            generation,
-        });
-        match client.call(call, ANNOUNCE_DEADLINE).await {
-            Ok(Reply::Sealed(report)) => Ok(Duration::from_millis(
-                report.grant_remaining_ms.unwrap_or(0).min(MAX_GRANT_MS),
-            )),
-            Ok(Reply::Fenced(fenced)) => Err(format!("it has promised generation {}", fenced.current)),
-            Ok(_) => Err("it answered something else".into()),
-            Err(e) => Err(super::chain(&e)),
-        }
     }
 
     /// Becomes the owner of a VM the registry does not know, under a generation it already has.
