@@ -33,6 +33,14 @@ async fn record_that(registry: &Registry, what: &str, holds: impl Fn(&VmRecord) 
     }
 }
 
+/// An owner of "web" that keeps a lease in the registry of `at`.
+fn leased(dir: &Path, at: &Agent, generation: Generation, holders: &[&str], quorum: usize) -> Owner {
+    let registry = Some(Registry::remote(at.address(), &tester()));
+    Owner::tuned(dir, "web", generation, holders, quorum, registry, |config| {
+        config.lease_ttl = TTL;
+    })
+}
+
 fn swap(joining: &str, leaving: Option<&str>) -> Option<HolderSwap> {
     Some(HolderSwap {
         joining: joining.to_owned(),
@@ -51,18 +59,7 @@ async fn a_holder_takes_the_place_of_a_dead_one() {
     let registry = Registry::remote(a.address(), &tester());
     let holders = [a.address(), b.address()];
     let generation = create(&registry, "web", &holders, 2).await;
-    let of_owner = Registry::remote(a.address(), &tester());
-    let mut owner = Owner::tuned(
-        dir.path(),
-        "web",
-        generation,
-        &holders,
-        2,
-        Some(of_owner),
-        |config| {
-            config.lease_ttl = TTL;
-        },
-    );
+    let mut owner = leased(dir.path(), &a, generation, &holders, 2);
     let first = owner.take(8);
     owner.wait_committed(&first).await;
     let gone = b.address().to_owned();
@@ -207,18 +204,7 @@ async fn a_change_that_is_given_up_leaves_the_holders_as_they_were() {
     let registry = Registry::remote(a.address(), &tester());
     let holders = [a.address()];
     let generation = create(&registry, "web", &holders, 1).await;
-    let of_owner = Registry::remote(a.address(), &tester());
-    let mut owner = Owner::tuned(
-        dir.path(),
-        "web",
-        generation,
-        &holders,
-        1,
-        Some(of_owner),
-        |config| {
-            config.lease_ttl = TTL;
-        },
-    );
+    let mut owner = leased(dir.path(), &a, generation, &holders, 1);
     let first = owner.take(8);
     owner.wait_committed(&first).await;
     let record = registry.get_vm(&vm("web")).await.unwrap();
@@ -249,18 +235,7 @@ async fn an_owner_knows_until_when_its_lease_holds_and_others_see_it_go() {
     let a = first_agent(dir.path()).await;
     let registry = Registry::remote(a.address(), &tester());
     let generation = create(&registry, "web", &[a.address()], 1).await;
-    let of_owner = Registry::remote(a.address(), &tester());
-    let owner = Owner::tuned(
-        dir.path(),
-        "web",
-        generation,
-        &[a.address()],
-        1,
-        Some(of_owner),
-        |config| {
-            config.lease_ttl = TTL;
-        },
-    );
+    let owner = leased(dir.path(), &a, generation, &[a.address()], 1);
     let mut lease = owner.shipper.lease();
     let renewal = tokio::time::timeout(PATIENCE, lease.wait_for(Option::is_some))
         .await
@@ -279,15 +254,7 @@ async fn an_owner_knows_until_when_its_lease_holds_and_others_see_it_go() {
     assert!(last.left(boottime()).is_zero());
     // An owner whose generation is over is told by its renewal.
     std::fs::create_dir(dir.path().join("old")).unwrap();
-    let mut old = Owner::tuned(
-        &dir.path().join("old"),
-        "web",
-        generation,
-        &[a.address()],
-        1,
-        Some(Registry::remote(a.address(), &tester())),
-        |config| config.lease_ttl = TTL,
-    );
+    let mut old = leased(&dir.path().join("old"), &a, generation, &[a.address()], 1);
     record_that(&registry, "held", |r| r.owner_lease() == LeaseState::Held).await;
     registry
         .raise_generation(&vm("web"), generation, "other")
@@ -342,18 +309,7 @@ async fn a_holder_that_dies_or_is_drained_is_replaced() {
     let holders: Vec<_> = new.holders.clone();
     let generation = registry.create_vm(new).await.unwrap().generation;
     let holders: Vec<_> = holders.iter().map(String::as_str).collect();
-    let of_owner = Registry::remote(a.address(), &tester());
-    let mut owner = Owner::tuned(
-        dir.path(),
-        "web",
-        generation,
-        &holders,
-        2,
-        Some(of_owner),
-        |config| {
-            config.lease_ttl = TTL;
-        },
-    );
+    let mut owner = leased(dir.path(), &a, generation, &holders, 2);
     let mut last = owner.take(16);
     for _ in 0..5 {
         last = owner.take(16);

@@ -101,7 +101,11 @@ fn free_port() -> Result<u16> {
     Ok(listener.local_addr()?.port())
 }
 
-pub(crate) fn signal(pid: u32, signal: Signal) -> Result<()> {
+/// Sends a signal to a process.
+///
+/// # Errors
+/// When there is none of that id, or it is not ours.
+pub fn signal(pid: u32, signal: Signal) -> Result<()> {
     let pid = i32::try_from(pid)
         .ok()
         .and_then(Pid::from_raw)
@@ -459,6 +463,18 @@ impl Cluster {
     pub fn status(&self, name: &str, run_dir: &Path) -> Result<Value> {
         run_json(self.vmm("inspect", run_dir).args(["--json", name]))
     }
+
+    /// Waits until a checkpoint of at least this number is committed; the number of the newest.
+    ///
+    /// # Errors
+    /// When none is in time.
+    pub fn committed(&self, machine: &Machine, at_least: u64) -> Result<u64> {
+        let name = &machine.name;
+        wait_for(format!("epoch {at_least} of {name} to be committed"), || {
+            let now = epoch(&self.status(name, &machine.run_dir)?["committed"]);
+            Ok((now >= at_least).then_some(now))
+        })
+    }
 }
 
 impl Machine {
@@ -558,6 +574,15 @@ impl Drop for Cluster {
             self.end_all_in(&agent.data.join("run"));
         }
     }
+}
+
+/// The number of a checkpoint by its name, `VM/GENERATION/EPOCH`; 0 when there is none.
+#[must_use]
+pub fn epoch(name: &Value) -> u64 {
+    name.as_str()
+        .and_then(|name| name.rsplit('/').next())
+        .and_then(|epoch| epoch.parse().ok())
+        .unwrap_or(0)
 }
 
 /// A counter of `churn`'s newest whole heartbeat, `name=N`.

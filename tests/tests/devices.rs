@@ -4,7 +4,7 @@
 use std::fs;
 use std::process::Command;
 
-use understudy_tests::harness::{Cluster, Machine, run, run_json, wait_for};
+use understudy_tests::harness::{Cluster, run, run_json, wait_for};
 
 /// A TAP interface of this host, removed at the end.
 struct Tap(String);
@@ -31,18 +31,6 @@ impl Drop for Tap {
             removed.unwrap();
         }
     }
-}
-
-fn committed(cluster: &Cluster, machine: &Machine, least: u64) -> u64 {
-    let name = &machine.name;
-    wait_for(format!("epoch {least} of {name} to be committed"), || {
-        let status = cluster.status(name, &machine.run_dir)?;
-        let epoch = status["committed"]
-            .as_str()
-            .and_then(|name| name.rsplit('/').next()?.parse().ok());
-        Ok(epoch.filter(|epoch: &u64| *epoch >= least))
-    })
-    .unwrap()
 }
 
 #[test]
@@ -80,7 +68,7 @@ fn a_host_takes_over_with_its_own_devices_and_changes_nothing_when_it_lacks_one(
         &net,
     ];
     let mut machine = cluster.launch("web", "ticker", "period_ms=5", &more).unwrap();
-    committed(&cluster, &machine, 2);
+    cluster.committed(&machine, 2).unwrap();
 
     // What is missing is said before anything is changed: the guest and its protection go on.
     let refused = cluster.standby(0).args(["promote", "web"]).output().unwrap();
@@ -91,8 +79,8 @@ fn a_host_takes_over_with_its_own_devices_and_changes_nothing_when_it_lacks_one(
     }
     let status = cluster.status("web", &machine.run_dir).unwrap();
     assert_eq!(status["generation"], 1, "{status}");
-    let now = committed(&cluster, &machine, 0);
-    committed(&cluster, &machine, now + 2);
+    let now = cluster.committed(&machine, 0).unwrap();
+    cluster.committed(&machine, now + 2).unwrap();
 
     machine.kill().unwrap();
     let report = run_json(cluster.standby(1).args(["promote", "web", "--json"])).unwrap();

@@ -3,16 +3,11 @@
 
 use migrate::registry::Registry;
 use migrate::transport::Identity;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use segment::{Generation, VmId};
 use serde_json::Value;
 use understudy_tests::demo::{self, Options};
-use understudy_tests::harness::{Cluster, Machine, counter, run, run_json, wait_for};
-
-fn signal(pid: u32, signal: Signal) {
-    let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
-    kill_process(pid, signal).unwrap();
-}
+use understudy_tests::harness::{Cluster, Machine, counter, run, run_json, signal, wait_for};
 
 fn history(cluster: &Cluster, vm: &str) -> Vec<Value> {
     let history = run_json(cluster.standby(0).args(["history", vm, "--json"])).unwrap();
@@ -61,14 +56,7 @@ fn working(
         detect,
     ];
     let machine = cluster.launch(vm, "churn", work, &protect).unwrap();
-    wait_for("checkpoints to be committed", || {
-        let status = cluster.status(vm, &machine.run_dir)?;
-        let epoch = status["committed"]
-            .as_str()
-            .and_then(|c| c.rsplit('/').next()?.parse::<u64>().ok());
-        Ok((epoch >= Some(3)).then_some(()))
-    })
-    .unwrap();
+    cluster.committed(&machine, 3).unwrap();
     (cluster, machine)
 }
 
@@ -148,7 +136,7 @@ fn an_owner_that_is_stopped_for_longer_than_its_lease_is_never_heard_again() {
         &[],
         "mib=4 rate=1000000 heartbeat_ms=1",
     );
-    signal(old.pid, Signal::STOP);
+    signal(old.pid, Signal::STOP).unwrap();
     let (node, new) = taken_over(&cluster, "stopped");
     let lost = entry(&cluster, "stopped", "owner-lost");
     assert!(
@@ -157,7 +145,7 @@ fn an_owner_that_is_stopped_for_longer_than_its_lease_is_never_heard_again() {
     );
     assert_eq!(lost["node"].as_str(), Some(node.as_str()));
     let before = old.console().unwrap();
-    signal(old.pid, Signal::CONT);
+    signal(old.pid, Signal::CONT).unwrap();
     let status = old.wait().unwrap();
     assert_eq!(status.code(), Some(3), "it is told that it is fenced, and ends");
     assert_eq!(
@@ -288,7 +276,7 @@ fn what_a_broken_off_takeover_left_is_started_by_hand_only_after_the_owner_has_n
     // Agents that only store: nobody takes it over by itself.
     let (mut cluster, mut old) =
         leased_at(&folder, "broken", "ttl=1000ms,renew=200ms", &["--roles", "store"]);
-    signal(old.pid, Signal::STOP);
+    signal(old.pid, Signal::STOP).unwrap();
     // A takeover that got no further than the registry: no holder knows of it, and grants the owner time if it asks.
     let identity = Identity::tls(&cluster.certificate("birch")).unwrap();
     let registry = Registry::remote(&cluster.agents[0].address, &identity);
@@ -337,7 +325,7 @@ fn what_a_broken_off_takeover_left_is_started_by_hand_only_after_the_owner_has_n
     let said = std::fs::read_to_string(&log).unwrap();
     assert!(said.contains("the owner before has to stand still"), "{said}");
     let before = old.console().unwrap();
-    signal(old.pid, Signal::CONT);
+    signal(old.pid, Signal::CONT).unwrap();
     assert_eq!(
         old.wait().unwrap().code(),
         Some(3),

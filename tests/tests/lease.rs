@@ -3,17 +3,12 @@
 
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::Value;
-use understudy_tests::harness::{Cluster, Machine, counter, run_json, wait_for};
+use understudy_tests::harness::{Cluster, Machine, counter, run_json, signal, wait_for};
 
 /// So long that a person's promote comes well before the agents take it over by themselves.
 const TERMS: &str = "ttl=4000ms,renew=400ms";
-
-fn signal(pid: u32, signal: Signal) {
-    let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
-    kill_process(pid, signal).unwrap();
-}
 
 fn state(cluster: &Cluster, machine: &Machine) -> Option<String> {
     let status = cluster.status(&machine.name, &machine.run_dir).ok()?;
@@ -47,14 +42,7 @@ fn leased(folder: &tempfile::TempDir, name: &str, on_lapse: &str) -> (Cluster, M
     let machine = cluster
         .launch(name, "churn", "mib=4 rate=500 heartbeat_ms=20", &protect)
         .unwrap();
-    wait_for("checkpoints to be committed", || {
-        let status = cluster.status(name, &machine.run_dir)?;
-        let epoch = status["committed"]
-            .as_str()
-            .and_then(|c| c.rsplit('/').next()?.parse::<u64>().ok());
-        Ok((epoch >= Some(3)).then_some(()))
-    })
-    .unwrap();
+    cluster.committed(&machine, 3).unwrap();
     (cluster, machine)
 }
 
@@ -69,7 +57,7 @@ fn waited(report: &Value) -> Option<u64> {
 fn an_owner_that_was_stopped_for_longer_than_its_lease_does_not_run_on() {
     let folder = tempfile::tempdir().unwrap();
     let (mut cluster, mut machine) = leased(&folder, "paused", "standby");
-    signal(machine.pid, Signal::STOP);
+    signal(machine.pid, Signal::STOP).unwrap();
     let report = run_json(cluster.standby(1).args(["promote", "paused", "--json"])).unwrap();
     // Its process is there and may go on at any time: all of its lease had to run out.
     assert!(waited(&report) >= Some(500), "{report}");
@@ -80,7 +68,7 @@ fn an_owner_that_was_stopped_for_longer_than_its_lease_does_not_run_on() {
     })
     .unwrap();
     let before = machine.console().unwrap();
-    signal(machine.pid, Signal::CONT);
+    signal(machine.pid, Signal::CONT).unwrap();
     let status = machine.wait().unwrap();
     assert_eq!(status.code(), Some(3), "it is told that it is fenced, and ends");
     assert_eq!(

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use understudy_tests::demo::{self, Options};
-use understudy_tests::harness::{Cluster, Machine, counter, run_json, wait_for};
+use understudy_tests::harness::{Cluster, Machine, counter, epoch, run_json, wait_for};
 
 fn cluster(folder: &tempfile::TempDir, agents: usize) -> Cluster {
     let mut cluster = Cluster::new(folder.path(), false).unwrap();
@@ -31,14 +31,6 @@ fn protect(cluster: &mut Cluster, name: &str, more: &[&str]) -> Machine {
     let mut arguments = vec!["--memory", "48M", "--every", "50ms", "--protect-to", &holders];
     arguments.extend(more);
     cluster.launch(name, "churn", CHURN, &arguments).unwrap()
-}
-
-fn epoch(value: &Value) -> u64 {
-    value
-        .as_str()
-        .and_then(|name| name.rsplit('/').next())
-        .and_then(|e| e.parse().ok())
-        .unwrap_or(0)
 }
 
 /// Waits until the quorum has `more` checkpoints beyond what it has now; returns the newest's number.

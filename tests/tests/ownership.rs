@@ -5,29 +5,10 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use serde_json::Value;
-use understudy_tests::harness::{Cluster, Machine, counter, run_json, wait_for};
+use understudy_tests::harness::{Cluster, counter, epoch, run_json, wait_for};
 
 fn said(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-fn epoch(value: &Value) -> u64 {
-    value
-        .as_str()
-        .and_then(|name| name.rsplit('/').next())
-        .and_then(|e| e.parse().ok())
-        .unwrap_or(0)
-}
-
-fn committed(cluster: &Cluster, machine: &Machine, at_least: u64) {
-    wait_for(
-        format!("epoch {at_least} of {} to be committed", machine.name),
-        || {
-            let status = cluster.status(&machine.name, &machine.run_dir)?;
-            Ok((epoch(&status["committed"]) >= at_least).then_some(()))
-        },
-    )
-    .unwrap();
 }
 
 fn pair(folder: &tempfile::TempDir) -> (Cluster, String) {
@@ -74,10 +55,10 @@ fn a_restore_does_not_go_back_behind_the_cluster_unasked() {
         &holders,
     ];
     let mut machine = cluster.launch("web", "ticker", "period_ms=5", &protect).unwrap();
-    committed(&cluster, &machine, 3);
+    cluster.committed(&machine, 3).unwrap();
     cluster.kill_agent(1).unwrap();
     let now = epoch(&cluster.status("web", &machine.run_dir).unwrap()["committed"]);
-    committed(&cluster, &machine, now + 5);
+    cluster.committed(&machine, now + 5).unwrap();
     assert!(
         cluster
             .vmm("stop", &machine.run_dir)
@@ -124,7 +105,7 @@ fn protection_can_be_turned_off_and_on_and_nothing_is_lost() {
     let mut machine = cluster
         .launch("off", "churn", "mib=8 rate=500 heartbeat_ms=50", &protect)
         .unwrap();
-    committed(&cluster, &machine, 5);
+    cluster.committed(&machine, 5).unwrap();
     let socket = machine.run_dir.join("off/api.sock");
     let (_, on) = request(&socket, "GET", "/protection", "");
     let (status, body) = request(&socket, "DELETE", "/protection", "");
@@ -176,7 +157,7 @@ fn protection_can_be_turned_off_and_on_and_nothing_is_lost() {
         "PUT /protection: {status} {body} (was {fields})"
     );
     let newest = epoch(&taken["name"]);
-    committed(&cluster, &machine, newest + 2);
+    cluster.committed(&machine, newest + 2).unwrap();
     machine.kill().unwrap();
     let report = run_json(cluster.standby(1).args(["promote", "off", "--json"])).unwrap();
     let successor = cluster.adopt("off", 1, report["pid"].as_u64().unwrap() as u32);
@@ -193,7 +174,7 @@ fn one_generation_is_taken_up_once() {
     let (mut cluster, holders) = pair(&folder);
     let protect = ["--memory", "32M", "--every", "50ms", "--protect-to", &holders];
     let mut machine = cluster.launch("one", "ticker", "period_ms=5", &protect).unwrap();
-    committed(&cluster, &machine, 3);
+    cluster.committed(&machine, 3).unwrap();
     machine.kill().unwrap();
     let report = run_json(cluster.standby(1).args(["promote", "one", "--json"])).unwrap();
     let from = report["resumed_from"]["name"]
@@ -238,7 +219,7 @@ fn work_between_two_pauses_is_not_forgotten() {
     let (mut cluster, holders) = pair(&folder);
     let protect = ["--memory", "32M", "--every", "1500ms", "--protect-to", &holders];
     let machine = cluster.launch("naps", "ticker", "period_ms=5", &protect).unwrap();
-    committed(&cluster, &machine, 1);
+    cluster.committed(&machine, 1).unwrap();
     let vmm = |verb: &str| {
         assert!(
             cluster
@@ -251,7 +232,7 @@ fn work_between_two_pauses_is_not_forgotten() {
     };
     vmm("pause");
     // The state it was paused in is taken once...
-    committed(&cluster, &machine, 2);
+    cluster.committed(&machine, 2).unwrap();
     let ticks = machine.console().unwrap().len();
     // ...and what it does in a short spell between two looks as well.
     vmm("resume");
@@ -261,7 +242,7 @@ fn work_between_two_pauses_is_not_forgotten() {
     .unwrap();
     vmm("pause");
     let before = epoch(&cluster.status("naps", &machine.run_dir).unwrap()["newest"]["name"]);
-    committed(&cluster, &machine, before.max(2) + 1);
+    cluster.committed(&machine, before.max(2) + 1).unwrap();
 }
 
 #[test]
@@ -270,7 +251,7 @@ fn a_second_copy_is_not_started_by_accident() {
     let (mut cluster, holders) = pair(&folder);
     let protect = ["--memory", "32M", "--every", "50ms", "--protect-to", &holders];
     let machine = cluster.launch("web", "ticker", "period_ms=5", &protect).unwrap();
-    committed(&cluster, &machine, 3);
+    cluster.committed(&machine, 3).unwrap();
     let restore = |cluster: &Cluster, run: &str, more: &[&str]| {
         let mut command = cluster.vmm("restore", &folder.path().join(run));
         command.args(more).arg("--detach");
@@ -440,7 +421,7 @@ fn a_stop_says_which_holder_lacks_what() {
             &holders,
         ];
         let mut machine = cluster.launch(&name, "ticker", "period_ms=5", &protect).unwrap();
-        committed(&cluster, &machine, 3);
+        cluster.committed(&machine, 3).unwrap();
         cluster.kill_agent(1).unwrap();
         let stop = cluster
             .vmm("stop", &machine.run_dir)
@@ -471,7 +452,7 @@ fn a_takeover_with_a_holder_away_runs_and_one_agent_is_not_two_holders() {
     let (mut cluster, holders) = pair(&folder);
     let protect = ["--memory", "32M", "--every", "50ms", "--protect-to", &holders];
     let mut machine = cluster.launch("web", "ticker", "period_ms=5", &protect).unwrap();
-    committed(&cluster, &machine, 3);
+    cluster.committed(&machine, 3).unwrap();
 
     // The host of its owner and one of its two holders are lost at once: the other has all that was committed.
     machine.kill().unwrap();

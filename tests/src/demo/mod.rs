@@ -11,9 +11,8 @@ use anyhow::{Context, Result, bail};
 use bytesize::ByteSize;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use serde_json::Value;
 
-use crate::harness::{Cluster, counter, first_counter, run_json, wait_for};
+use crate::harness::{Cluster, counter, epoch, first_counter, run_json, wait_for};
 
 mod auto;
 
@@ -243,13 +242,6 @@ fn watch(cluster: &Cluster, machine: &crate::harness::Machine, epochs: u64, work
     })?;
     progress.finish();
     Ok(seen)
-}
-
-fn epoch(name: &Value) -> u64 {
-    name.as_str()
-        .and_then(|name| name.rsplit('/').next())
-        .and_then(|epoch| epoch.parse().ok())
-        .unwrap_or(0)
 }
 
 /// Follows the successor until it has checked all of its memory once more.
