@@ -25,7 +25,7 @@ use rcgen::{
     KeyUsagePurpose, SanType,
 };
 
-use crate::crashsafe::Disk;
+use crate::crashsafe::{Disk, folder_of};
 use crate::transport::certificate::{MAX_NODE_NAME_BYTES, is_node_name};
 use crate::transport::{CA_FILE, CERT_FILE, CertRole, KEY_FILE, NodeIdentity};
 
@@ -374,8 +374,7 @@ fn replace(path: &Path, text: &str, mode: u32) -> Result<(), CaError> {
         path: path.to_owned(),
         source,
     };
-    let dir = path.parent().unwrap_or(Path::new("."));
-    let temp = Disk::durable().temp(dir, &format!(".new.{}", std::process::id()));
+    let temp = Disk::durable().temp(folder_of(path), &format!(".new.{}", std::process::id()));
     let mut temp = temp.map_err(|e| failed(e.source))?;
     // Before its first byte: nobody else could ever read it.
     temp.file()

@@ -215,6 +215,16 @@ impl Disk {
         })
     }
 
+    /// Writes a small file whole or not at all, in the place of what was there: as `<stem>.<number>` in `dir` first.
+    ///
+    /// # Errors
+    /// What the system says; what was there is there still.
+    pub fn write(&self, dir: &Path, stem: &str, to: &Path, bytes: &[u8]) -> Result<(), DiskError> {
+        let mut temp = self.temp(dir, stem)?;
+        temp.write_all(bytes).map_err(DiskError::new("write", to))?;
+        temp.replace(to)
+    }
+
     /// Makes the content of a file durable that is there already.
     ///
     /// # Errors
@@ -246,7 +256,7 @@ impl Disk {
     /// # Errors
     /// What the system says.
     pub fn sync_parent(&self, path: &Path) -> Result<(), DiskError> {
-        self.sync_dir(parent(path))
+        self.sync_dir(folder_of(path))
     }
 
     /// Takes a file's name away. Who has it open can still read it. Not durable before [`Self::sync_parent`].
@@ -286,7 +296,9 @@ impl Disk {
     }
 }
 
-fn parent(path: &Path) -> &Path {
+/// The folder that a file is in: the current one of a bare name.
+#[must_use]
+pub fn folder_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         Some(_) | None => Path::new("."),

@@ -1,7 +1,7 @@
 //! Opening a file that has to be one: never a named pipe (which waits for its other end), a device or a folder.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -20,6 +20,28 @@ pub fn open(path: &Path) -> io::Result<File> {
         .open(path)?;
     check(&file.metadata()?)?;
     Ok(file)
+}
+
+/// The content of a file of at most `max` bytes.
+///
+/// # Errors
+/// As [`open`]; [`io::ErrorKind::FileTooLarge`] when it is longer.
+pub fn read(path: &Path, max: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    open(path)?.take(max.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > max {
+        let why = format!("it is longer than {max} bytes");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
+    }
+    Ok(bytes)
+}
+
+/// The same of a text.
+///
+/// # Errors
+/// As [`read`]; [`io::ErrorKind::InvalidData`] when it is no UTF-8.
+pub fn read_text(path: &Path, max: u64) -> io::Result<String> {
+    String::from_utf8(read(path, max)?).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
 fn check(metadata: &std::fs::Metadata) -> io::Result<()> {
@@ -57,6 +79,16 @@ mod tests {
             let told = open(path).unwrap_err().to_string();
             assert!(told.contains(what), "{told}");
         }
+        assert_eq!(read(&file, 1).unwrap(), b"x");
+        std::fs::write(&file, b"xy").unwrap();
+        assert_eq!(read(&file, 1).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
+        assert_eq!(read_text(&link, 2).unwrap(), "xy");
+        assert!(
+            read_text(&pipe, 2)
+                .unwrap_err()
+                .to_string()
+                .contains("a named pipe")
+        );
         assert_eq!(
             open(&dir.path().join("none")).unwrap_err().kind(),
             io::ErrorKind::NotFound

@@ -18,7 +18,7 @@ fn fake_vmm(dir: &Path, name: &str, body: &str) -> PathBuf {
     let path = dir.join(name);
     fs::write(
         &path,
-        format!("#!/bin/sh\n[ \"$2\" = --check ] && exit 0\n{body}\n"),
+        format!("#!/bin/sh\ncase \"$*\" in *--check*) exit 0;; esac\n{body}\n"),
     )
     .unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();

@@ -16,7 +16,7 @@ use segment::{Generation, SegmentName};
 /// A stand-in for `vmm` that says it runs.
 fn running_vmm(dir: &Path) -> PathBuf {
     let path = dir.join("vmm");
-    let body = "#!/bin/sh\n[ \"$2\" = --check ] && exit 0\necho '{\"state\":\"running\",\"pid\":'$$',\"socket\":\"/run/web.sock\"}'\nexec sleep 60\n";
+    let body = "#!/bin/sh\ncase \"$*\" in *--check*) exit 0;; esac\necho '{\"state\":\"running\",\"pid\":'$$',\"socket\":\"/run/web.sock\"}'\nexec sleep 60\n";
     fs::write(&path, body).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     path
@@ -188,7 +188,7 @@ async fn a_restore_that_hangs_is_ended_and_named() {
     let mut pair = Pair::new(2, 4).await;
     let pid_file = pair.dir.path().join("pid");
     let body = format!(
-        "#!/bin/sh\n[ \"$2\" = --check ] && exit 0\necho $$ > {}\nexec sleep 600\n",
+        "#!/bin/sh\ncase \"$*\" in *--check*) exit 0;; esac\necho $$ > {}\nexec sleep 600\n",
         pid_file.display()
     );
     fs::write(pair.dir.path().join("vmm"), body).unwrap();

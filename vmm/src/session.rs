@@ -10,12 +10,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use migrate::load::LoadPlan;
+use migrate::load::{LoadError, LoadPlan};
 use migrate::protect::{CheckpointRequest, Parent, ProtectOptions, Protector};
 use migrate::registry::VmState;
 use migrate::shipper::{ShipStatus, Shipper, ShipperConfig};
 use migrate::spool::{Position, Spool};
-use migrate::store::{Durability, FsStore, StoreError};
+use migrate::store::{ChainError, Durability, FsStore, StoreError};
 use migrate::transport::IdentityArgs;
 use segment::{Generation, SegmentName, VmId};
 use tokio::sync::{mpsc, watch};
@@ -812,9 +812,19 @@ fn plan_from(
             })?,
     };
     LoadPlan::new(store, &tip).map_err(|error| {
-        // "Missing" is not all there is to say of a file that is there.
-        let of_chain = store.damaged().into_iter().next();
-        match of_chain {
+        // "Missing" is not all there is to say of a link whose file is there.
+        let missing = match &error {
+            LoadError::Chain { source, .. } => match &**source {
+                ChainError::Missing { link, .. } => Some(link),
+                _ => None,
+            },
+            _ => None,
+        };
+        match store
+            .damaged()
+            .into_iter()
+            .find(|file| Some(&file.name) == missing)
+        {
             Some(file) => SessionError::Unusable {
                 name: tip,
                 path: file.path,

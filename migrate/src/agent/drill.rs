@@ -139,11 +139,7 @@ impl Copy {
         let log = self.folder.join("vmm.log");
         let begun = std::fs::create_dir_all(&self.folder).and_then(|()| std::fs::File::create(&log));
         let said = begun.map_err(|e| format!("make {}: {e}", self.folder.display()))?;
-        let mut child = Command::new(&self.vmm)
-            .arg("restore")
-            .arg("--from")
-            .arg(inner.data.join("store"))
-            .args(["--name", &self.name, "--segment", &tip.to_string()])
+        let mut child = spawn::command(inner, &self.vmm, &self.name, tip)
             .arg("--store")
             .arg(self.folder.join("store"))
             .arg("--run-dir")
@@ -151,8 +147,6 @@ impl Copy {
             .arg("--ready-stdout")
             .arg("--console-log")
             .arg(self.folder.join("console"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
             .stderr(said)
             .process_group(0)
             .kill_on_drop(true)

@@ -10,7 +10,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -20,6 +20,7 @@ use segment::{Generation, VmId};
 use crate::clock::boottime;
 use crate::crashsafe::{Disk, DiskError};
 use crate::lease::{Grant, LeaseTerms, MAX_TTL, MIN_TTL};
+use crate::regular;
 use crate::store::FsStore;
 
 /// More than a number of milliseconds takes.
@@ -94,10 +95,8 @@ impl Grants {
             return Ok(());
         }
         let path = self.dir.join(vm.as_str());
-        let mut temp = Disk::durable().temp(&self.dir, &format!(".{vm}"))?;
-        temp.write_all(format!("{}\n", ttl.as_millis()).as_bytes())
-            .map_err(DiskError::new("write", &path))?;
-        temp.replace(&path)?;
+        let text = format!("{}\n", ttl.as_millis());
+        Disk::durable().write(&self.dir, &format!(".{vm}"), &path, text.as_bytes())?;
         let mut all = self.held();
         let held = all.entry(vm.clone()).or_default();
         held.durable = held.durable.max(ttl);
@@ -168,12 +167,7 @@ impl Grants {
 }
 
 fn read(path: &Path) -> Result<Duration, String> {
-    let text = match fs::metadata(path) {
-        Ok(of) if of.is_file() && of.len() <= MAX_FILE_BYTES => fs::read_to_string(path),
-        Ok(_) => return Err("it is no such file".into()),
-        Err(e) => Err(e),
-    };
-    let text = text.map_err(|e| e.to_string())?;
+    let text = regular::read_text(path, MAX_FILE_BYTES).map_err(|e| e.to_string())?;
     let ttl = text.trim().parse().map(Duration::from_millis);
     ttl.ok()
         .filter(|ttl| (MIN_TTL..=MAX_TTL).contains(ttl))

@@ -21,36 +21,30 @@ const MAX_ASKED: u32 = 64;
 
 /// Whether the process is known to have ended.
 pub(super) async fn ended(inner: &Inner, owner: &OwnerProcess) -> bool {
-    find(inner, owner).await == Some(Process::Gone)
-}
-
-/// What became of a process; `None` when no agent of its host answers.
-async fn find(inner: &Inner, owner: &OwnerProcess) -> Option<Process> {
-    if let Some(here) = process::look(owner) {
-        return Some(here);
-    }
-    let listed = tokio::time::timeout(LOOK_DEADLINE, inner.registry.list_nodes(None, MAX_ASKED)).await;
-    let Ok(Ok((nodes, _))) = listed else { return None };
-    ask_all(inner, &nodes, owner).await
+    find(inner, owner).await.0 == Some(Process::Gone)
 }
 
 /// The owner's host, as far as its agent, and the registry of that, tell.
 pub(super) async fn of(inner: &Inner, process: &OwnerProcess, owner: &str) -> Host {
+    let (found, nodes) = find(inner, process).await;
+    match (found, nodes.iter().find(|node| node.name == owner)) {
+        (Some(process), _) => Host::Answers(process),
+        (None, Some(node)) if node.is_alive() => Host::Silent,
+        (None, Some(_)) => Host::LeaseGone,
+        (None, None) => Host::Unknown,
+    }
+}
+
+/// What became of a process, if an agent of its host answers; and the nodes, if they had to be asked.
+async fn find(inner: &Inner, process: &OwnerProcess) -> (Option<Process>, Vec<NodeRecord>) {
     if let Some(here) = process::look(process) {
-        return Host::Answers(here);
+        return (Some(here), Vec::new());
     }
     let listed = tokio::time::timeout(LOOK_DEADLINE, inner.registry.list_nodes(None, MAX_ASKED)).await;
     let Ok(Ok((nodes, _))) = listed else {
-        return Host::Unknown;
+        return (None, Vec::new());
     };
-    if let Some(process) = ask_all(inner, &nodes, process).await {
-        return Host::Answers(process);
-    }
-    match nodes.iter().find(|node| node.name == owner) {
-        Some(node) if node.is_alive() => Host::Silent,
-        Some(_) => Host::LeaseGone,
-        None => Host::Unknown,
-    }
+    (ask_all(inner, &nodes, process).await, nodes)
 }
 
 async fn ask_all(inner: &Inner, nodes: &[NodeRecord], owner: &OwnerProcess) -> Option<Process> {

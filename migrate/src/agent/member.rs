@@ -1,6 +1,5 @@
 //! The node's place in the cluster: its record, and the lease that says it lives.
 
-use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{AgentError, Inner, blocking};
-use crate::crashsafe::{Disk, DiskError};
+use crate::crashsafe::{Disk, folder_of};
 use crate::registry::{LeaseSubject, NodeRecord, Registry, RegistryError, Stamp, random_lease, written};
 
 /// Where the newest place of the registry's history that was seen is written down.
@@ -159,12 +158,8 @@ impl Member {
     async fn note(&self, seen: Option<Stamp>) {
         let Some(stamp) = seen else { return };
         let path = self.inner.data.join(SEEN);
-        let done = blocking(move || {
-            let mut temp = Disk::durable().temp(path.parent().unwrap_or(Path::new(".")), SEEN)?;
-            temp.write_all(written(stamp).as_bytes())
-                .map_err(DiskError::new("write", &path))?;
-            temp.replace(&path)
-        });
+        let done =
+            blocking(move || Disk::durable().write(folder_of(&path), SEEN, &path, written(stamp).as_bytes()));
         let done = done.await;
         if let Err(error) = done {
             tracing::warn!(%error, "what was seen of the registry cannot be written down");

@@ -5,7 +5,6 @@
 //! its generation and its owner. It is lost without harm: then the registry is asked.
 
 use std::collections::HashMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -15,6 +14,7 @@ use super::authority::Owner;
 use super::blocking;
 use crate::crashsafe::{Disk, DiskError};
 use crate::registry::{Registry, RegistryError};
+use crate::regular;
 use crate::transport::certificate::is_node_name;
 
 /// The most VMs that are remembered in memory.
@@ -122,27 +122,13 @@ fn is(generation: Generation, node: String) -> Owner {
 }
 
 fn read(path: &Path) -> Option<(Generation, String)> {
-    if std::fs::metadata(path).ok()?.len() > MAX_FILE_BYTES {
-        return None;
-    }
-    let text = std::fs::read_to_string(path).ok()?;
+    let text = regular::read_text(path, MAX_FILE_BYTES).ok()?;
     let (generation, node) = text.strip_suffix('\n')?.split_once(' ')?;
     is_node_name(node).then_some((Generation(generation.parse().ok()?), node.to_owned()))
 }
 
 fn write(dir: &Path, name: &str, text: &str) -> Result<(), DiskError> {
+    std::fs::create_dir_all(dir).map_err(DiskError::new("create the directory", dir))?;
     // Whole after a crash of the process; after one of the host it is asked for again.
-    let disk = Disk::unsynced();
-    std::fs::create_dir_all(dir).map_err(|source| DiskError {
-        what: "create the directory",
-        path: dir.to_owned(),
-        source,
-    })?;
-    let mut temp = disk.temp(dir, &format!(".{name}"))?;
-    temp.write_all(text.as_bytes()).map_err(|source| DiskError {
-        what: "write",
-        path: temp.path().to_owned(),
-        source,
-    })?;
-    temp.replace(&dir.join(name))
+    Disk::unsynced().write(dir, &format!(".{name}"), &dir.join(name), text.as_bytes())
 }

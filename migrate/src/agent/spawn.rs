@@ -72,6 +72,17 @@ pub fn find_vmm(named: Option<&Path>) -> Result<PathBuf, String> {
         })
 }
 
+/// `vmm restore` of a checkpoint in the agent's store, as the VM `name`.
+pub(super) fn command(inner: &Inner, vmm: &Path, name: &str, tip: &SegmentName) -> Command {
+    let mut command = Command::new(vmm);
+    command
+        .args(["restore", "--name", name, "--segment", &tip.to_string(), "--from"])
+        .arg(inner.data.join("store"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
+    command
+}
+
 fn offered(inner: &Inner, vm: &VmId) -> impl Iterator<Item = String> {
     for_vm(&inner.offers, vm)
         .into_iter()
@@ -87,16 +98,12 @@ pub(super) async fn check(inner: &Inner, vm: &VmId) -> Result<(), String> {
     let Some(tip) = inner.store.newest_complete(vm) else {
         return Ok(());
     };
-    let mut command = Command::new(&vmm);
-    command.args(["restore", "--check", "--name", vm.as_str(), "--from"]);
+    let mut command = command(inner, &vmm, vm.as_str(), &tip.name);
     command
-        .arg(inner.data.join("store"))
-        .args(["--segment", &tip.name.to_string(), "--store"])
+        .args(["--check", "--store"])
         .arg(inner.data.join("spool").join(vm.as_str()))
         .args(offered(inner, vm))
-        .stdin(Stdio::null())
         .stderr(Stdio::null())
-        .stdout(Stdio::piped())
         .kill_on_drop(true);
     let checked = async {
         let mut child = command.spawn()?;
@@ -167,11 +174,9 @@ pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief
         }
     };
 
-    let mut command = Command::new(&vmm);
-    command.arg("restore").arg("--from").arg(inner.data.join("store"));
-    command.args(["--name", vm, "--segment", &tip.name.to_string()]);
-    command.args(offered(inner, &record.vm));
+    let mut command = command(inner, &vmm, vm, &tip.name);
     command
+        .args(offered(inner, &record.vm))
         .args(["--generation", &record.generation.to_string()])
         .arg("--store")
         .arg(&spool);
@@ -190,10 +195,7 @@ pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief
         .arg(&run_dir)
         .arg("--ready-stdout")
         .arg("--console-log")
-        .arg(&console);
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
+        .arg(&console)
         .stderr(log)
         .process_group(0);
     let mut child = command

@@ -93,11 +93,7 @@ const MAX_FILE_BYTES: u64 = 200;
 /// What an earlier process wrote down; none when there is nothing, or nothing that can be read.
 #[must_use]
 pub fn recall(path: &Path) -> Option<Stamp> {
-    let length = std::fs::metadata(path).ok()?.len();
-    if length > MAX_FILE_BYTES {
-        return None;
-    }
-    let text = std::fs::read_to_string(path).ok()?;
+    let text = crate::regular::read_text(path, MAX_FILE_BYTES).ok()?;
     let mut words = text.split_whitespace();
     let registry = u64::from_str_radix(words.next()?, 16).ok()?;
     let revision = words.next()?.parse().ok()?;

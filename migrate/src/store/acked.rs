@@ -13,7 +13,7 @@
 //! that is found damaged raises it to the newest name of its VM. It never goes back, but by [`FsStore::forget_acked`].
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
@@ -102,11 +102,9 @@ impl FsStore {
         } else {
             // The first one: a name that a power cut leaves empty would say nothing.
             let disk = self.disk.made_durable();
-            let mut temp = disk
-                .temp(&self.dir.join("tmp"), &format!("acked-{}", name.vm))
+            let stem = format!("acked-{}", name.vm);
+            disk.write(&self.dir.join("tmp"), &stem, &path, &record)
                 .map_err(|e| self.disk_error(e))?;
-            temp.write_all(&record).map_err(failed)?;
-            temp.replace(&path).map_err(|e| self.disk_error(e))?;
         }
         self.index().set_acked(newest, true);
         Ok(())

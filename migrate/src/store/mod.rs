@@ -60,7 +60,7 @@ mod tests;
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -458,18 +458,17 @@ impl FsStore {
         }
         let disk = self.disk.made_durable();
         let to_error = |e| self.disk_error(e);
-        let mut temp = disk
-            .temp(&self.dir.join("tmp"), &format!("promise-{vm}"))
-            .map_err(to_error)?;
-        let path = self.dir.join("promises").join(vm.as_str());
-        if let Err(source) = temp.write_all(&promise::encode(vm, generation)) {
-            return Err(to_error(DiskError {
-                what: "write the promise",
-                path,
-                source,
-            }));
-        }
-        temp.replace(&path).map_err(to_error)?;
+        let (stem, to) = (
+            format!("promise-{vm}"),
+            self.dir.join("promises").join(vm.as_str()),
+        );
+        disk.write(
+            &self.dir.join("tmp"),
+            &stem,
+            &to,
+            &promise::encode(vm, generation),
+        )
+        .map_err(to_error)?;
         // Durable: from here on it holds, and not before, as a promise that a crash can take back is none.
         self.index().set_promise(vm.clone(), generation);
         Ok(generation)

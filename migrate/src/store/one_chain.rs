@@ -7,8 +7,7 @@ use std::sync::{Arc, Mutex};
 use segment::{SegmentName, VmId};
 
 use super::scan::{self, Content};
-use super::{DamagedFile, FsStore, MAX_CHAIN_LINKS, StoreError, lease, lock};
-use crate::crashsafe::Disk;
+use super::{DamagedFile, FsStore, MAX_CHAIN_LINKS, StoreError};
 
 /// How often a chain is followed anew because a file of it went away under way: merges make it shorter each time.
 const MAX_WALKS: usize = 8;
@@ -30,23 +29,8 @@ impl FsStore {
     /// # Errors
     /// [`StoreError::NoStore`], and what the disk says. That the chain is not whole is for [`Self::chain`] to say.
     pub fn open_chain(dir: &Path, vm: &VmId, tip: Option<&SegmentName>) -> Result<Arc<Self>, StoreError> {
+        let mut store = Self::unread(dir)?;
         let segments = dir.join("segments");
-        if !segments.is_dir() {
-            return Err(StoreError::NoStore { dir: dir.to_owned() });
-        }
-        let mut store = Self {
-            dir: dir.to_owned(),
-            budget: None,
-            disk: Disk::unsynced(),
-            lock: None,
-            // Before anything is looked at: from here on nothing of it is collected.
-            readers: lease::for_reader(dir).map(Arc::new),
-            damaged: Mutex::default(),
-            index: Mutex::default(),
-            gates: Mutex::default(),
-            housekeeping: Mutex::default(),
-            policies: Mutex::default(),
-        };
         // Of several tips, what was read for one serves the next: links that were broken stay broken.
         let mut seen = HashMap::new();
         let mut walks = 0;
@@ -103,8 +87,7 @@ impl FsStore {
                             true
                         }
                         Content::Damaged(why) | Content::Newer { why, .. } => {
-                            tracing::warn!(segment = %name, path = %path.display(), %why, "unusable segment");
-                            lock(&self.damaged).push(DamagedFile {
+                            self.unusable(DamagedFile {
                                 name: name.clone(),
                                 path,
                                 moved_to: None,

@@ -87,25 +87,42 @@ impl FsStore {
     /// # Errors
     /// [`StoreError::NoStore`], [`StoreError::DamagedPromise`], and what the disk says.
     pub fn open_read_only(dir: &Path) -> Result<Arc<Self>, StoreError> {
+        let mut store = Self::unread(dir)?;
+        store.read_segments()?;
+        store.read_promises()?;
+        Ok(Arc::new(store))
+    }
+
+    /// A store for reading, of which nothing has been looked at yet.
+    pub(super) fn unread(dir: &Path) -> Result<Self, StoreError> {
         if !dir.join("segments").is_dir() {
             return Err(StoreError::NoStore { dir: dir.to_owned() });
         }
-        let mut store = Self {
+        Ok(Self {
             dir: dir.to_owned(),
             budget: None,
             disk: Disk::unsynced(),
             lock: None,
-            // Before anything is looked at: from here on nothing of it goes.
+            // Before anything is looked at: from here on nothing of it is collected.
             readers: lease::for_reader(dir).map(Arc::new),
             damaged: Mutex::default(),
             index: Mutex::default(),
             gates: Mutex::default(),
             housekeeping: Mutex::default(),
             policies: Mutex::default(),
-        };
-        store.read_segments()?;
-        store.read_promises()?;
-        Ok(Arc::new(store))
+        })
+    }
+
+    /// Remembers a file that is there and cannot be used.
+    pub(super) fn unusable(&self, file: DamagedFile) {
+        let DamagedFile {
+            name,
+            path,
+            moved_to,
+            why,
+        } = &file;
+        tracing::warn!(segment = %name, path = %path.display(), ?moved_to, %why, "unusable segment");
+        lock(&self.damaged).push(file);
     }
 
     /// Fills the index; returns the folders the segments are in.
@@ -125,8 +142,7 @@ impl FsStore {
                 Content::Damaged(why) if self.lock.is_none() => (None, why),
                 Content::Damaged(why) => (Some(self.move_to_damaged(&file.name, &file.path)?), why),
             };
-            tracing::warn!(segment = %file.name, path = %file.path.display(), moved_to = ?moved_to, %why, "unusable segment");
-            lock(&self.damaged).push(DamagedFile {
+            self.unusable(DamagedFile {
                 name: file.name,
                 path: file.path,
                 moved_to,

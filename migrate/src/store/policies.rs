@@ -3,14 +3,13 @@
 //! A policy that cannot be read keeps everything: nothing is dropped by a guess.
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::Path;
 
 use segment::VmId;
 
 use super::keep::MAX_POLICY_BYTES;
 use super::{FsStore, KeepPolicy, StoreError, lock};
-use crate::crashsafe::DiskError;
 
 impl FsStore {
     /// What is wanted kept of `vm`; none when nobody said.
@@ -32,17 +31,9 @@ impl FsStore {
         let path = self.dir.join("policies").join(vm.as_str());
         match policy {
             Some(policy) => {
-                let mut temp = disk
-                    .temp(&self.dir.join("tmp"), &format!("policy-{vm}"))
+                let (stem, text) = (format!("policy-{vm}"), format!("{policy}\n"));
+                disk.write(&self.dir.join("tmp"), &stem, &path, text.as_bytes())
                     .map_err(to_error)?;
-                if let Err(source) = writeln!(temp, "{policy}") {
-                    return Err(to_error(DiskError {
-                        what: "write the policy",
-                        path,
-                        source,
-                    }));
-                }
-                temp.replace(&path).map_err(to_error)?;
                 lock(&self.policies).insert(vm.clone(), policy);
             }
             None => {

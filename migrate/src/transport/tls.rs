@@ -8,7 +8,7 @@
 //! on this host can read is refused.
 
 use std::fs;
-use std::io::{self, Read as _};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -266,19 +266,7 @@ fn stamps(dir: &Path) -> [Stamp; 4] {
 }
 
 fn file(path: &Path) -> Result<Vec<u8>, TlsError> {
-    let read = || {
-        let mut bytes = Vec::new();
-        crate::regular::open(path)?
-            .take(MAX_FILE_BYTES + 1)
-            .read_to_end(&mut bytes)?;
-        if bytes.len() as u64 > MAX_FILE_BYTES {
-            return Err(io::Error::other(format!(
-                "it is longer than {MAX_FILE_BYTES} bytes"
-            )));
-        }
-        Ok(bytes)
-    };
-    read().map_err(|source| TlsError::Read {
+    crate::regular::read(path, MAX_FILE_BYTES).map_err(|source| TlsError::Read {
         path: path.to_owned(),
         source,
     })

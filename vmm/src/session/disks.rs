@@ -13,7 +13,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use migrate::crashsafe::{Disk as Files, DiskError as FileError, Temp};
+use migrate::crashsafe::{Disk as Files, DiskError as FileError, Temp, folder_of};
 
 use crate::devices::virtio::disk::{Disk, DiskError};
 use crate::devices::virtio::net::tap::{Tap, TapError};
@@ -222,12 +222,6 @@ fn disk_file(name: &str, bindings: &Bindings, store: &Path) -> (PathBuf, bool) {
         Some(path) => (path.into(), true),
         None => (store.join(DISKS).join(format!("{}.raw", plain(name))), false),
     }
-}
-
-fn folder_of(path: &Path) -> &Path {
-    path.parent()
-        .filter(|folder| !folder.as_os_str().is_empty())
-        .unwrap_or(Path::new("."))
 }
 
 /// What [`prepare`] would fail at, all of it, in words; nothing is made.

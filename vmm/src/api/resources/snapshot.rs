@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use axum::extract::State;
 use axum::http::StatusCode;
-use migrate::crashsafe::Disk;
+use migrate::crashsafe::{Disk, folder_of};
 use migrate::protect::CheckpointRequest;
 use segment::{Kind, SegmentName, SegmentReader};
 use serde::{Deserialize, Serialize};
@@ -156,12 +156,6 @@ fn check_folder(field: &str, path: &Path) -> Result<(), Fault> {
         ))),
         Ok(_) | Err(_) => Ok(()),
     }
-}
-
-fn folder_of(path: &Path) -> &Path {
-    path.parent()
-        .filter(|folder| !folder.as_os_str().is_empty())
-        .unwrap_or(Path::new("."))
 }
 
 fn write_files(session: &Session, report: &CheckpointReport, request: &CreateSnapshot) -> Result<(), Fault> {
