@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)] // A helper of a test fails the test.
 
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 
 use understudy_tests::harness::{Cluster, run, run_json, wait_for};
@@ -66,6 +67,8 @@ fn a_host_takes_over_with_its_own_devices_and_changes_nothing_when_it_lacks_one(
         &disk,
         "--net",
         &net,
+        "--vsock",
+        "52",
     ];
     let mut machine = cluster.launch("web", "ticker", "period_ms=5", &more).unwrap();
     cluster.committed(&machine, 2).unwrap();
@@ -87,6 +90,8 @@ fn a_host_takes_over_with_its_own_devices_and_changes_nothing_when_it_lacks_one(
     let pid = u32::try_from(report["pid"].as_u64().unwrap()).unwrap();
     let successor = cluster.adopt("web", 1, pid);
     assert_eq!(fs::read(bound.join("web.img")).unwrap(), content);
+    // Nobody had to say where its stream sockets are: they are with its control socket.
+    UnixStream::connect(successor.run_dir.join("web/vsock")).unwrap();
     let status = cluster.status("web", &successor.run_dir).unwrap();
     assert_eq!(status["state"], "running", "{status}");
     cluster.own(successor);

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! A field that nobody knows is refused by serde. A field that Firecracker has and this monitor does not is known
-//! here, so that a configuration without it (`"drives": []`, `"vsock": null`) works and one that uses it is refused
+//! here, so that a configuration without it (`"pmem": []`, `"serial": null`) works and one that uses it is refused
 //! by name: what a guest was promised is never left out in silence.
 
 use std::collections::BTreeMap;
@@ -24,7 +24,7 @@ use crate::vm::{MAX_VCPUS, MachineConfig};
 
 mod devices;
 
-pub use devices::{DriveConfig, EntropyConfig, NetworkConfig};
+pub use devices::{DriveConfig, EntropyConfig, NetworkConfig, VsockConfig};
 
 /// The longest configuration file that is read.
 pub const MAX_CONFIG_BYTES: u64 = 1 << 20;
@@ -382,10 +382,9 @@ pub struct VmConfig {
     #[serde(default)]
     #[schema(value_type = Vec<Object>)]
     pub pmem: Vec<Value>,
-    /// Only null.
+    /// Stream sockets between the guest and the host.
     #[serde(default)]
-    #[schema(value_type = Option<Object>)]
-    pub vsock: Option<Value>,
+    pub vsock: Option<VsockConfig>,
     /// A source of entropy.
     #[serde(default)]
     pub entropy: Option<EntropyConfig>,
@@ -448,7 +447,6 @@ impl VmConfig {
         let used = |value: &Option<Value>| value.is_some();
         for (field, used) in [
             ("pmem", !self.pmem.is_empty()),
-            ("vsock", used(&self.vsock)),
             ("balloon", used(&self.balloon)),
             ("mmds-config", used(&self.mmds_config)),
             ("cpu-config", used(&self.cpu_config)),
@@ -472,12 +470,17 @@ impl VmConfig {
         self.machine_config.validate()
     }
 
-    /// Its devices, in the order of their slots: disks, the root one first, then cards, then entropy.
+    /// Its devices, in the order of their slots: disks, the root one first, then cards, then entropy, then vsock.
     ///
     /// # Errors
     /// [`ConfigError`] naming the first field that cannot be.
     pub fn devices(&self) -> Result<Vec<DeviceConfig>, ConfigError> {
-        devices::devices(&self.drives, &self.network_interfaces, self.entropy.as_ref())
+        devices::devices(
+            &self.drives,
+            &self.network_interfaces,
+            self.entropy.as_ref(),
+            self.vsock.as_ref(),
+        )
     }
 
     /// What the guest boots. A root drive is added to its command line, as Firecracker does.
@@ -567,7 +570,11 @@ mod tests {
                 r#"{"network-interfaces": [{"iface_id": "0", "host_dev_name": "t", "guest_mac": "01:00:00:00:00:00"}]}"#,
                 "guest_mac",
             ),
-            (r#"{"vsock": {"guest_cid": 3}}"#, "vsock"),
+            (
+                r#"{"vsock": {"guest_cid": 2, "uds_path": "v"}}"#,
+                "vsock.guest_cid",
+            ),
+            (r#"{"vsock": {"uds_path": "v"}}"#, "guest_cid"),
             (r#"{"entropy": {"rate_limiter": {}}}"#, "rate_limiter"),
             (r#"{"balloon": {"amount_mib": 1}}"#, "balloon"),
             (r#"{"mmds-config": {"network_interfaces": []}}"#, "mmds-config"),

@@ -22,6 +22,7 @@ pub mod outbox;
 pub mod preflight;
 pub mod replica;
 pub mod session;
+pub mod socket;
 pub mod state;
 #[allow(unsafe_code)]
 pub mod vcpu;

@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -41,7 +42,11 @@ async fn the_disks_are_in_the_checkpoint_and_come_back_whole() {
     fs::write(&root, content(1)).unwrap();
     fs::write(&data, content(2)).unwrap();
     let source = guests.source("ticker", "period_ms=5");
-    let devices = [disk("root", &root), DeviceConfig::Rng, disk("data", &data)];
+    let vsock = DeviceConfig::Vsock {
+        guest_cid: 52,
+        path: dir.path().join("vsock"),
+    };
+    let devices = [disk("root", &root), DeviceConfig::Rng, disk("data", &data), vsock];
     let session = Session::boot_with(config("web", &store), small(32), &source, &devices)
         .await
         .unwrap();
@@ -71,9 +76,19 @@ async fn the_disks_are_in_the_checkpoint_and_come_back_whole() {
     fs::write(&root, b"spoilt").unwrap();
     let bound = dir.path().join("bound.raw");
     fs::write(&bound, content(9)).unwrap();
-    let bindings = Bindings::from([("disk:root".into(), bound.to_str().unwrap().into())]);
+    let mut bindings = Bindings::from([("disk:root".into(), bound.to_str().unwrap().into())]);
     let from = RestoreFrom::Files(files.clone());
     let copy_store = dir.path().join("copy");
+    let unbound = Session::restore_with(
+        config("web", &copy_store),
+        from.clone(),
+        Default::default(),
+        &bindings,
+    );
+    let error = chain(&unbound.await.unwrap_err());
+    assert!(error.contains("--bind vsock:0=.."), "{error}");
+    let meeting = dir.path().join("meeting");
+    bindings = bindings.or_vsock(&meeting);
     let copy = Session::restore_with(
         config("web", &copy_store),
         from.clone(),
@@ -83,6 +98,7 @@ async fn the_disks_are_in_the_checkpoint_and_come_back_whole() {
     .await
     .unwrap();
     assert_eq!(fs::read(&bound).unwrap(), content(1));
+    UnixStream::connect(&meeting).unwrap();
     assert_eq!(fs::read(copy_store.join("disks/data.raw")).unwrap(), content(2));
     copy.resume().await.unwrap();
     tokio::task::block_in_place(|| wait_for(copy.vm().outbox(), |text| text.contains("tick").then_some(())));

@@ -181,8 +181,8 @@ struct ServeArgs {
     /// How long a VM that is taken over may take to run before it is ended, like 2min [default: by its size].
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     restore_timeout: Option<Duration>,
-    /// What a device of the VMs it takes over is on this host: [VM/]net:NAME=TAP or [VM/]disk:NAME=FILE, where {vm} is
-    /// the VM's name. Without VM/ for all that have such a device. A disk without one gets a file under DATA. May be
+    /// What a device of the VMs it takes over is on this host: [VM/]net:NAME=TAP, [VM/]disk:NAME=FILE or
+    /// [VM/]vsock:0=PATH, where {vm} is the VM's name. Without VM/ for all that have such a device. A disk without one gets a file under DATA. May be
     /// given more than once.
     #[arg(long, value_name = "[VM/]NAME=WHAT")]
     bind: Vec<Offer>,

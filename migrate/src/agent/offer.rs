@@ -20,7 +20,7 @@ impl FromStr for Offer {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let form = "want [VM/]disk:NAME=FILE or [VM/]net:NAME=TAP, like net:0=tap-{vm} or web/disk:root=/srv/web.img";
+        let form = "want [VM/]disk:NAME=FILE, [VM/]net:NAME=TAP or [VM/]vsock:0=PATH, like net:0=tap-{vm} or web/disk:root=/srv/web.img";
         let (of, what) = text
             .split_once('=')
             .filter(|(_, what)| !what.is_empty())
@@ -29,7 +29,7 @@ impl FromStr for Offer {
             Some((vm, name)) => (Some(VmId::new(vm).map_err(|e| e.to_string())?), name),
             None => (None, of),
         };
-        let named = ["disk:", "net:"]
+        let named = ["disk:", "net:", "vsock:"]
             .iter()
             .any(|kind| name.strip_prefix(kind).is_some_and(|rest| !rest.is_empty()));
         if !named {
@@ -73,10 +73,15 @@ mod tests {
 
     #[test]
     fn what_names_the_vm_goes_first_and_others_see_none_of_it() {
-        let offers = ["web/net:0=dmz", "net:0=tap-{vm}", "db/disk:root=/srv/db=1.img"];
+        let offers = [
+            "web/net:0=dmz",
+            "net:0=tap-{vm}",
+            "db/disk:root=/srv/db=1.img",
+            "mail/vsock:0=/run/{vm}.v",
+        ];
         assert_eq!(of(&offers, "web"), ["net:0=dmz"]);
         assert_eq!(of(&offers, "db"), ["disk:root=/srv/db=1.img", "net:0=tap-db"]);
-        assert_eq!(of(&offers, "mail"), ["net:0=tap-mail"]);
+        assert_eq!(of(&offers, "mail"), ["net:0=tap-mail", "vsock:0=/run/mail.v"]);
     }
 
     #[test]

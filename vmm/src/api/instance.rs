@@ -40,6 +40,8 @@ pub struct Identity {
     pub trust: IdentityArgs,
     /// See [`SessionConfig::second_copy`].
     pub second_copy: bool,
+    /// Where the Unix socket of its stream sockets is, unless it is said.
+    pub vsock: PathBuf,
 }
 
 enum Phase {
@@ -208,8 +210,11 @@ impl Instance {
         .await
     }
 
-    async fn make(&self, config: VmConfig, origin: Origin) -> Result<Arc<Session>, Fault> {
+    async fn make(&self, mut config: VmConfig, origin: Origin) -> Result<Arc<Session>, Fault> {
         config.validate()?;
+        if let Some(vsock) = &mut config.vsock {
+            vsock.uds_path.get_or_insert_with(|| self.identity.vsock.clone());
+        }
         let (store, store_budget) = match &config.store {
             Some(store) => (
                 store.path.clone(),
@@ -242,7 +247,8 @@ impl Instance {
                 let bindings = Bindings {
                     named: config.bindings.clone(),
                     offered: config.offers.clone(),
-                };
+                }
+                .or_vsock(&self.identity.vsock);
                 let session = Session::restore_with(session_config, from, clock, &bindings).await?;
                 let machine = session.vm().config();
                 self.reconfigure(|config| {

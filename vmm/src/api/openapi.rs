@@ -18,6 +18,7 @@ use super::resources::{console, devices, machine, replication, snapshot};
         machine::info, machine::version, machine::config, machine::machine, machine::put_machine,
         machine::patch_machine, machine::put_boot_source, machine::act, machine::patch_vm, machine::put_logger,
         machine::put_metrics, devices::put_drive, devices::put_network, devices::put_entropy,
+        devices::put_vsock,
         snapshot::create, snapshot::load, replication::status, replication::checkpoints,
         replication::take_checkpoint, replication::protection, replication::put_protection,
         replication::delete_protection, replication::stop, console::read, console::write, answer

@@ -30,6 +30,7 @@ fn table() -> Vec<Route> {
             put(devices::put_network),
         ),
         (Method::PUT, "/entropy", put(devices::put_entropy)),
+        (Method::PUT, "/vsock", put(devices::put_vsock)),
         (Method::PUT, "/actions", put(machine::act)),
         (Method::PATCH, "/vm", patch(machine::patch_vm)),
         (Method::PUT, "/logger", put(machine::put_logger)),

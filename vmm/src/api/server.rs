@@ -1,10 +1,6 @@
 //! The socket: who may connect, how many, how much, and how it goes away.
 
-use std::io;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixStream as StdStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -13,7 +9,6 @@ use std::time::Duration;
 use hyper::body::{Frame, SizeHint};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use rustix::fs::Mode;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
@@ -21,9 +16,8 @@ use tokio::task::{JoinHandle, JoinSet};
 use super::instance::Instance;
 use super::places::{Busy, Place, Places};
 use super::routes;
+pub use crate::socket::{MAX_SOCKET_PATH_BYTES, Socket, SocketError};
 
-/// The longest path of a Unix socket: `sun_path` has 108 bytes, and one ends it.
-pub const MAX_SOCKET_PATH_BYTES: usize = 107;
 /// Connections served at once; beyond, an idle one gives way.
 const MAX_CONNECTIONS: usize = 64;
 /// Headers of a request.
@@ -36,124 +30,6 @@ const HEADER_DEADLINE: Duration = Duration::from_secs(30);
 const GRACE: Duration = Duration::from_secs(2);
 /// The pause after a connection could not be accepted, for want of file descriptors for example.
 const AFTER_FAILURE: Duration = Duration::from_millis(100);
-
-/// Why there is no socket.
-#[derive(Debug, thiserror::Error)]
-pub enum SocketError {
-    /// The system's bound.
-    #[error(
-        "the socket path {path:?} has {} bytes, and a Unix socket's may have {MAX_SOCKET_PATH_BYTES}: choose a \
-         shorter one with --api-sock or --run-dir",
-        path.as_os_str().len()
-    )]
-    TooLong {
-        /// The path.
-        path: PathBuf,
-    },
-    /// Someone answers there.
-    #[error("another process answers on the socket {path:?}: choose another --api-sock, or stop that VM")]
-    InUse {
-        /// The path.
-        path: PathBuf,
-    },
-    /// It is something else.
-    #[error("{path:?} is there and is not a socket: choose another --api-sock, or remove it")]
-    NotASocket {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The system refused.
-    #[error("make the socket {path:?}")]
-    Bind {
-        /// The path.
-        path: PathBuf,
-        /// The system's error.
-        #[source]
-        source: io::Error,
-    },
-}
-
-/// A socket that is bound, so that its name is taken, and not served yet. Unlinked on drop, unless another has its
-/// name by then.
-#[derive(Debug)]
-pub struct Socket {
-    listener: std::os::unix::net::UnixListener,
-    path: PathBuf,
-    identity: Option<(u64, u64)>,
-}
-
-impl Socket {
-    /// Binds `path`, for this user alone. What a process that is gone left there is removed first.
-    ///
-    /// # Errors
-    /// [`SocketError`] naming the path.
-    pub fn bind(path: &Path) -> Result<Self, SocketError> {
-        let bind = |source| SocketError::Bind {
-            path: path.to_owned(),
-            source,
-        };
-        if path.as_os_str().as_bytes().len() > MAX_SOCKET_PATH_BYTES {
-            return Err(SocketError::TooLong {
-                path: path.to_owned(),
-            });
-        }
-        match std::fs::symlink_metadata(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(bind(error)),
-            Ok(meta) if !meta.file_type().is_socket() => {
-                return Err(SocketError::NotASocket {
-                    path: path.to_owned(),
-                });
-            }
-            Ok(_) => match StdStream::connect(path) {
-                // Only what certainly has no owner is removed.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    std::fs::remove_file(path).map_err(bind)?;
-                }
-                Ok(_) => {
-                    return Err(SocketError::InUse {
-                        path: path.to_owned(),
-                    });
-                }
-                Err(error) => return Err(bind(error)),
-            },
-        }
-        // The mask makes the socket private from its first instant; a chmod after would leave a gap. It is the
-        // process's: a file that another thread makes meanwhile gets fewer permissions, never more.
-        let before = rustix::process::umask(Mode::from_raw_mode(0o177));
-        let bound = std::os::unix::net::UnixListener::bind(path);
-        rustix::process::umask(before);
-        let listener = bound.map_err(bind)?;
-        let socket = Self {
-            listener,
-            path: path.to_owned(),
-            identity: identity(path),
-        };
-        socket.listener.set_nonblocking(true).map_err(bind)?;
-        Ok(socket)
-    }
-
-    /// Where it is.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        if self.identity.is_some() && identity(&self.path) == self.identity {
-            // Gone already is fine.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-/// Device and inode of what is there.
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    let there = std::fs::symlink_metadata(path).ok()?;
-    Some((there.dev(), there.ino()))
-}
 
 /// A control socket that is served.
 #[derive(Debug)]
@@ -170,11 +46,11 @@ impl Server {
     /// When the runtime does not take the socket.
     pub fn start(socket: Socket, instance: Arc<Instance>) -> Result<Self, SocketError> {
         let failed = |source| SocketError::Bind {
-            path: socket.path.clone(),
+            path: socket.path().to_owned(),
             source,
         };
         let listener = socket
-            .listener
+            .listener()
             .try_clone()
             .and_then(UnixListener::from_std)
             .map_err(failed)?;

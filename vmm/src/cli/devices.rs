@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::config::{DriveConfig, NetworkConfig};
+use crate::config::{DriveConfig, NetworkConfig, VsockConfig};
 
 fn named(text: &str) -> Result<(&str, &str), String> {
     match text.split_once('=') {
@@ -47,11 +47,33 @@ pub(super) fn card(text: &str) -> Result<NetworkConfig, String> {
     })
 }
 
-/// `disk:NAME=FILE` or `net:NAME=TAP`.
+/// `CID[=PATH]`.
+pub(super) fn vsock(text: &str) -> Result<VsockConfig, String> {
+    let (cid, path) = match text.split_once('=') {
+        Some((_, "")) => return Err("a path is to follow the '=', like 3=/run/web.vsock".into()),
+        Some((cid, path)) => (cid, Some(PathBuf::from(path))),
+        None => (text, None),
+    };
+    let guest_cid = cid
+        .parse()
+        .map_err(|_| format!("{cid:?} is no CID: a number from 3 on, like 3 or 3=/run/web.vsock"))?;
+    Ok(VsockConfig {
+        guest_cid,
+        uds_path: path,
+        vsock_id: None,
+    })
+}
+
+/// `disk:NAME=FILE`, `net:NAME=TAP` or `vsock:0=PATH`.
 pub(super) fn binding(text: &str) -> Result<(String, String), String> {
     let (name, what) = named(text)?;
-    if !name.starts_with("disk:") && !name.starts_with("net:") {
-        return Err(format!("{name:?} is no logical name: disk:NAME or net:NAME"));
+    if !["disk:", "net:", "vsock:"]
+        .iter()
+        .any(|kind| name.starts_with(kind))
+    {
+        return Err(format!(
+            "{name:?} is no logical name: disk:NAME, net:NAME or vsock:0"
+        ));
     }
     Ok((name.into(), what.into()))
 }

@@ -9,7 +9,7 @@ use segment::{Generation, SegmentName, SegmentReader, VmId};
 use super::host::{self, Audience, Host};
 use super::logging::Log;
 use super::options::{Keeping, Manner, RunDir, absolute};
-use super::{CliError, Outcome, devices, on_runtime};
+use super::{CliError, Outcome, devices, on_runtime, rundir};
 use crate::api::instance::{Identity, Origin};
 use crate::clock::ClockPolicy;
 use crate::config::{CheckpointConfig, VmConfig};
@@ -46,8 +46,8 @@ pub(super) struct Restore {
     /// The generation that the registry has given this process
     #[arg(long, value_name = "G")]
     generation: Option<u64>,
-    /// What a device of the VM is on this host: disk:NAME=FILE (made anew; without it, a file in the store) or
-    /// net:NAME=TAP. Can be given again
+    /// What a device of the VM is on this host: disk:NAME=FILE (made anew; without it, a file in the store),
+    /// net:NAME=TAP or vsock:0=PATH (without it, RUN_DIR/NAME/vsock). Can be given again
     #[arg(long, value_name = "NAME=WHAT", value_parser = devices::binding)]
     bind: Vec<(String, String)>,
     /// What this host has for a device of that name, should the VM have it: like --bind, and ignored where it has not
@@ -107,6 +107,7 @@ impl Restore {
         let mut config = VmConfig::default();
         self.keeping.apply(&mut config)?;
         let Wanted { name, from } = self.wanted(&config)?;
+        let vsock = rundir::vsock(&self.run_dir.path(), &name);
         let session = SessionConfig {
             store: self.keeping.store(&name, &config),
             name,
@@ -120,7 +121,8 @@ impl Restore {
         let bindings = Bindings {
             named: self.bind.iter().cloned().collect(),
             offered: self.offer.iter().cloned().collect(),
-        };
+        }
+        .or_vsock(&vsock);
         let (checkpoint, lacks) = Session::preflight(&session, &from, &bindings)?;
         for lack in &lacks {
             println!("missing: {lack}");
@@ -167,6 +169,7 @@ impl Restore {
                 generation: self.generation.map(Generation),
                 trust: self.keeping.trust.clone(),
                 second_copy: self.allow_second_copy,
+                vsock: rundir::vsock(&run_dir, &name),
                 name,
             },
             config,

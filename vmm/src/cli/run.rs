@@ -8,9 +8,9 @@ use segment::VmId;
 use super::host::{self, Audience, Host};
 use super::logging::Log;
 use super::options::{Keeping, Manner, RunDir, absolute};
-use super::{CliError, Outcome, devices, on_runtime, size};
+use super::{CliError, Outcome, devices, on_runtime, rundir, size};
 use crate::api::instance::{Identity, Origin};
-use crate::config::{BootSourceConfig, DriveConfig, NetworkConfig, VmConfig};
+use crate::config::{BootSourceConfig, DriveConfig, NetworkConfig, VmConfig, VsockConfig};
 use crate::cpuid::baseline::CpuModel;
 
 /// Runs a new VM. In the foreground its console is on standard input and output: on a terminal, Ctrl-A x ends the
@@ -55,6 +55,10 @@ pub(super) struct Run {
     /// A source of entropy
     #[arg(long)]
     rng: bool,
+    /// Stream sockets between the guest, whose address is CID (from 3 on), and a Unix socket of this host
+    /// [default PATH: RUN_DIR/NAME/vsock]
+    #[arg(long, value_name = "CID[=PATH]", value_parser = devices::vsock)]
+    vsock: Option<VsockConfig>,
     /// Configuration in the JSON of Firecracker's file; options given here go before it
     #[arg(long, alias = "config-file", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -131,6 +135,7 @@ impl Run {
                 generation: None,
                 trust: self.keeping.trust.clone(),
                 second_copy: false,
+                vsock: rundir::vsock(&run_dir, &name),
                 name,
             },
             start: (!waits).then_some((Origin::Boot, true)),
@@ -183,6 +188,7 @@ impl Run {
         if self.rng {
             config.entropy.get_or_insert_default();
         }
+        config.vsock = self.vsock.clone().or(config.vsock);
         self.keeping.apply(&mut config)?;
         config.validate()?;
         Ok(config)

@@ -22,6 +22,14 @@ use serde::{Deserialize, Serialize};
 
 /// The control socket's name.
 pub const SOCKET: &str = "api.sock";
+/// The Unix socket of its stream sockets, in its folder.
+const VSOCK: &str = "vsock";
+
+/// Where the Unix socket of the stream sockets of `name` is, unless it is said.
+#[must_use]
+pub fn vsock(run_dir: &Path, name: &VmId) -> PathBuf {
+    run_dir.join(name.as_str()).join(VSOCK)
+}
 const LOCK: &str = "lock";
 const ENDED: &str = "ended.json";
 /// How often a lock is tried whose folder is being taken away.

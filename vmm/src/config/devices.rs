@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 use super::{ConfigError, invalid};
 use crate::devices::virtio::net::Mac;
 use crate::devices::virtio::setup::DeviceConfig;
+use crate::devices::virtio::vsock;
 use crate::layout::MAX_VIRTIO_SLOTS;
 
 /// The longest id of a device.
@@ -77,6 +78,44 @@ pub struct EntropyConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub rate_limiter: Option<Value>,
+}
+
+/// Stream sockets between the guest and the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's address, from 3 on.
+    pub guest_cid: u32,
+    /// Path of the Unix socket on this host; `vsock` in the VM's run folder when left out.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub uds_path: Option<PathBuf>,
+    /// Taken, without effect: Firecracker's own is without effect too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock_id: Option<String>,
+}
+
+impl VsockConfig {
+    /// As the monitor takes it.
+    ///
+    /// # Errors
+    /// [`ConfigError`] naming the field.
+    pub fn device(&self) -> Result<DeviceConfig, ConfigError> {
+        if !vsock::CIDS.contains(&self.guest_cid) {
+            let why = format!(
+                "{} is no guest's address: {} to {}",
+                self.guest_cid,
+                vsock::CIDS.start,
+                vsock::CIDS.end - 1
+            );
+            return Err(invalid("vsock.guest_cid", why));
+        }
+        Ok(DeviceConfig::Vsock {
+            guest_cid: self.guest_cid,
+            // Where it is left out, who hosts the VM has put one in before it is made.
+            path: self.uds_path.clone().unwrap_or_default(),
+        })
+    }
 }
 
 fn unsupported(field: &'static str, used: bool) -> Result<(), ConfigError> {
@@ -190,6 +229,7 @@ pub(super) fn devices(
     drives: &[DriveConfig],
     cards: &[NetworkConfig],
     entropy: Option<&EntropyConfig>,
+    vsock: Option<&VsockConfig>,
 ) -> Result<Vec<DeviceConfig>, ConfigError> {
     let twice = |ids: Vec<&str>| {
         let first = |(at, id): &(usize, &&str)| ids[..*at].contains(id);
@@ -217,6 +257,9 @@ pub(super) fn devices(
     if let Some(entropy) = entropy {
         unsupported("entropy.rate_limiter", entropy.rate_limiter.is_some())?;
         all.push(DeviceConfig::Rng);
+    }
+    if let Some(vsock) = vsock {
+        all.push(vsock.device()?);
     }
     if all.len() > MAX_VIRTIO_SLOTS {
         return Err(invalid(

@@ -19,11 +19,13 @@ use crate::devices::virtio::disk::{Disk, DiskError};
 use crate::devices::virtio::net::tap::{Tap, TapError};
 use crate::devices::virtio::setup::{Backing, DISK, Devices, NET};
 use crate::devices::virtio::state::{BlockState, DeviceState, VirtioState};
+use crate::devices::virtio::vsock;
+use crate::socket::{self, Socket, SocketError};
 
 /// The folder, in a VM's store, of disks that were bound to no file.
 const DISKS: &str = "disks";
 
-/// What logical names mean on this host: `disk:root` a file, `net:0` a TAP interface.
+/// What logical names mean on this host: `disk:root` a file, `net:0` a TAP interface, `vsock:0` a Unix socket.
 #[derive(Debug, Clone, Default)]
 pub struct Bindings {
     /// What somebody named for this VM: one of a device that it does not have is an error.
@@ -33,6 +35,14 @@ pub struct Bindings {
 }
 
 impl Bindings {
+    /// With this Unix socket for the VM's stream sockets, where no other is named or offered.
+    #[must_use]
+    pub fn or_vsock(mut self, path: &Path) -> Self {
+        let path = || path.to_string_lossy().into_owned();
+        self.offered.entry(vsock::NAME.into()).or_insert_with(path);
+        self
+    }
+
     fn get(&self, name: &str) -> Option<&str> {
         self.named
             .get(name)
@@ -55,7 +65,7 @@ impl<const N: usize> From<[(String, String); N]> for Bindings {
 pub enum BindError {
     /// Names without a binding.
     #[error(
-        "the VM has devices that this host must provide: bind {} (a TAP interface for net:)",
+        "the VM has devices that this host must provide: bind {} (a TAP interface for net:, the path of a socket for vsock:)",
         .names.iter().map(|name| format!("--bind {name}=..")).collect::<Vec<_>>().join(" ")
     )]
     Missing {
@@ -94,6 +104,9 @@ pub enum BindError {
     /// A network card.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// The socket of the stream sockets.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
 }
 
 /// A disk's file that has no name yet.
@@ -109,7 +122,7 @@ pub(super) struct Filling {
 /// Checks that each name is bound that must be, and each that is bound is there.
 pub(super) fn check(saved: &[VirtioState], bindings: &Bindings) -> Result<(), BindError> {
     let bindable = |state: &&VirtioState| match state.device {
-        DeviceState::Block(_) | DeviceState::Net(_) => true,
+        DeviceState::Block(_) | DeviceState::Net(_) | DeviceState::Vsock(_) => true,
         DeviceState::Rng => false,
     };
     let has: Vec<String> = saved
@@ -128,7 +141,7 @@ pub(super) fn check(saved: &[VirtioState], bindings: &Bindings) -> Result<(), Bi
     }
     let missing: Vec<String> = has
         .into_iter()
-        .filter(|name| name.starts_with(NET) && bindings.get(name).is_none())
+        .filter(|name| (name.starts_with(NET) || name == vsock::NAME) && bindings.get(name).is_none())
         .collect();
     if missing.is_empty() {
         Ok(())
@@ -161,6 +174,12 @@ pub(super) fn prepare(
                 mac: net.mac,
             },
             DeviceState::Rng => Backing::Rng,
+            DeviceState::Vsock(vsock) => Backing::Vsock {
+                guest_cid: vsock.guest_cid,
+                socket: Arc::new(Socket::bind(Path::new(
+                    bindings.get(&state.name).unwrap_or_default(),
+                ))?),
+            },
         });
     }
     Ok((Devices::of(backings), filling))
@@ -251,7 +270,13 @@ pub(super) fn lacks(saved: &[VirtioState], bindings: &Bindings, store: &Path) ->
                     say(BindError::Folder { path, source });
                 }
             }
-            (DeviceState::Net(_), None) | (DeviceState::Rng, _) => {}
+            // Who answers there now may be the VM's own process, which is to be replaced.
+            (DeviceState::Vsock(_), Some(path)) => {
+                if let Err(error) = socket::check_length(Path::new(path)) {
+                    say(error.into());
+                }
+            }
+            (DeviceState::Net(_) | DeviceState::Vsock(_), None) | (DeviceState::Rng, _) => {}
         }
     }
     lacks

@@ -7,7 +7,7 @@ use virtio_queue::QueueState;
 
 use super::{StateError, Unread, VERSION, cbor, invalid};
 use crate::devices::virtio::state::{
-    BlockState, DeviceState, MAX_NAME_BYTES, MAX_QUEUES, NetState, VirtioState,
+    BlockState, DeviceState, MAX_NAME_BYTES, MAX_QUEUES, NetState, VirtioState, VsockState,
 };
 use crate::layout::MAX_VIRTIO_SLOTS;
 
@@ -81,6 +81,13 @@ struct NetRecord {
     mac: minicbor::bytes::ByteArray<6>,
 }
 
+#[derive(Encode, Decode)]
+#[cbor(map)]
+struct VsockRecord {
+    #[n(0)]
+    guest_cid: u32,
+}
+
 fn queue_record(queue: &QueueState) -> QueueRecord {
     let QueueState {
         max_size,
@@ -130,6 +137,9 @@ pub(super) fn to_record(index: usize, state: &VirtioState) -> Record {
         }),
         DeviceState::Net(net) => cbor(&NetRecord { mac: net.mac.into() }),
         DeviceState::Rng => Vec::new(),
+        DeviceState::Vsock(vsock) => cbor(&VsockRecord {
+            guest_cid: vsock.guest_cid,
+        }),
     };
     Record {
         tag: format!("virtio/{index}"),
@@ -215,6 +225,13 @@ fn device(tag: &str, kind: u32, payload: &[u8]) -> Result<DeviceState, StateErro
             }))
         }
         crate::devices::virtio::rng::KIND if payload.is_empty() => Ok(DeviceState::Rng),
+        crate::devices::virtio::vsock::KIND => {
+            let VsockRecord { guest_cid } = super::decode(tag, payload)?;
+            if !crate::devices::virtio::vsock::CIDS.contains(&guest_cid) {
+                return Err(invalid(tag, format!("{guest_cid} is no guest's CID")));
+            }
+            Ok(DeviceState::Vsock(VsockState { guest_cid }))
+        }
         kind => Err(invalid(
             tag,
             format!("a virtio device of kind {kind}, which this monitor does not have"),

@@ -7,7 +7,7 @@ use axum::http::StatusCode;
 
 use crate::api::fault::{Body, Fault, FaultMessage};
 use crate::api::instance::Instance;
-use crate::config::{DriveConfig, EntropyConfig, NetworkConfig, VmConfig};
+use crate::config::{DriveConfig, EntropyConfig, NetworkConfig, VmConfig, VsockConfig};
 
 type App = State<Arc<Instance>>;
 type Done = Result<StatusCode, Fault>;
@@ -82,4 +82,10 @@ pub(in crate::api) async fn put_network(
     responses((status = 204), (status = 400, body = FaultMessage)))]
 pub(in crate::api) async fn put_entropy(State(app): App, Body(entropy): Body<EntropyConfig>) -> Done {
     change(&app, |config| config.entropy = Some(entropy))
+}
+
+#[utoipa::path(put, path = "/vsock", tag = "firecracker", request_body = VsockConfig,
+    responses((status = 204), (status = 400, body = FaultMessage)))]
+pub(in crate::api) async fn put_vsock(State(app): App, Body(vsock): Body<VsockConfig>) -> Done {
+    change(&app, |config| config.vsock = Some(vsock))
 }

@@ -20,6 +20,7 @@ use utoipa::ToSchema;
 use crate::api::fault::{Body, Fault, FaultMessage};
 use crate::api::instance::{Instance, Origin, unhurried};
 use crate::clock::ClockPolicy;
+use crate::devices::virtio::vsock;
 use crate::session::{CheckpointReport, RestoreFrom, Session, chain};
 
 type App = State<Arc<Instance>>;
@@ -86,6 +87,14 @@ pub struct NetworkOverride {
     pub host_dev_name: String,
 }
 
+/// Where the stream sockets' Unix socket is here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VsockOverride {
+    /// Its path.
+    pub uds_path: String,
+}
+
 /// A snapshot to load.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -115,6 +124,9 @@ pub struct LoadSnapshot {
     /// The TAP interfaces of the network cards here.
     #[serde(default)]
     pub network_overrides: Vec<NetworkOverride>,
+    /// Where the stream sockets' Unix socket is here; `vsock` in the VM's run folder when left out.
+    #[serde(default)]
+    pub vsock_override: Option<VsockOverride>,
     /// What other logical names are here: `{"disk:root": "PATH"}`. A disk without one gets a new file in the store.
     #[serde(default)]
     pub bindings: std::collections::BTreeMap<String, String>,
@@ -222,6 +234,8 @@ pub(in crate::api) async fn load(State(app): App, Body(request): Body<LoadSnapsh
     let mut bindings = request.bindings.clone();
     let cards = request.network_overrides.iter();
     bindings.extend(cards.map(|card| (format!("net:{}", card.iface_id), card.host_dev_name.clone())));
+    let socket = request.vsock_override.iter();
+    bindings.extend(socket.map(|socket| (vsock::NAME.to_owned(), socket.uds_path.clone())));
     let checked = tokio::task::spawn_blocking(move || check_load(&request)).await;
     checked.map_err(|error| Fault::bad(format!("look at the snapshot: {error}")))??;
     app.configure(|config| {

@@ -32,6 +32,7 @@ pub mod setup;
 pub mod state;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod vsock;
 mod worker;
 
 use mmio::Irq;

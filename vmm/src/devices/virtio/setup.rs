@@ -17,12 +17,14 @@ use super::net::tap::{Tap, TapError};
 use super::net::{Mac, Net, random_mac};
 use super::rng::Rng;
 use super::state::VirtioState;
+use super::vsock::Vsock;
 use super::{Device, Transport};
 use crate::bus::Attached;
 use crate::devices::DeviceStateError;
 use crate::layout::{MAX_VIRTIO_SLOTS, VirtioSlot};
 use crate::leash::Leash;
 use crate::memory::GuestRam;
+use crate::socket::{Socket, SocketError};
 
 /// What a disk's logical name begins with.
 pub const DISK: &str = "disk:";
@@ -54,6 +56,13 @@ pub enum DeviceConfig {
     },
     /// Entropy.
     Rng,
+    /// Stream sockets.
+    Vsock {
+        /// The guest's address.
+        guest_cid: u32,
+        /// The Unix socket.
+        path: PathBuf,
+    },
 }
 
 /// A device's part of this host, open.
@@ -77,6 +86,13 @@ pub enum Backing {
     },
     /// Entropy.
     Rng,
+    /// Stream sockets.
+    Vsock {
+        /// The guest's address.
+        guest_cid: u32,
+        /// The host's end.
+        socket: Arc<Socket>,
+    },
 }
 
 /// Why a VM cannot have its devices.
@@ -94,6 +110,9 @@ pub enum SetupError {
     /// A network card.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// The socket of the stream sockets.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
     /// No random bytes for a hardware address.
     #[error("draw a hardware address for {name}")]
     Random {
@@ -134,7 +153,7 @@ impl Devices {
     pub fn disks(&self) -> impl Iterator<Item = &Arc<Disk>> {
         self.0.iter().filter_map(|backing| match backing {
             Backing::Disk { disk, .. } => Some(disk),
-            Backing::Net { .. } | Backing::Rng => None,
+            Backing::Net { .. } | Backing::Rng | Backing::Vsock { .. } => None,
         })
     }
 
@@ -194,6 +213,10 @@ fn open(config: &DeviceConfig) -> Result<Backing, SetupError> {
             Backing::Net { name, tap, mac }
         }
         DeviceConfig::Rng => Backing::Rng,
+        DeviceConfig::Vsock { guest_cid, path } => Backing::Vsock {
+            guest_cid: *guest_cid,
+            socket: Arc::new(Socket::bind(path)?),
+        },
     })
 }
 
@@ -213,5 +236,9 @@ fn device(backing: &Backing, leash: &Leash) -> Result<Made, SetupError> {
             (Box::new(card), None)
         }
         Backing::Rng => (Box::new(Rng::default()), None),
+        Backing::Vsock { guest_cid, socket } => {
+            let vsock = Vsock::new(*guest_cid, Arc::clone(socket), leash.clone());
+            (Box::new(vsock), None)
+        }
     })
 }

@@ -41,6 +41,8 @@ pub enum DeviceState {
     Net(NetState),
     /// Entropy: nothing.
     Rng,
+    /// Stream sockets.
+    Vsock(VsockState),
 }
 
 /// A disk, without its content, which is an address space.
@@ -61,6 +63,13 @@ pub struct NetState {
     pub mac: super::net::Mac,
 }
 
+/// Stream sockets, without the connections, which are the host's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VsockState {
+    /// The guest's address.
+    pub guest_cid: u32,
+}
+
 impl DeviceState {
     /// Virtio's number for the kind of device.
     #[must_use]
@@ -69,6 +78,7 @@ impl DeviceState {
             Self::Block(_) => super::block::KIND,
             Self::Net(_) => super::net::KIND,
             Self::Rng => super::rng::KIND,
+            Self::Vsock(_) => super::vsock::KIND,
         }
     }
 }

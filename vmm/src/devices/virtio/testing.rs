@@ -168,6 +168,38 @@ impl Driver {
         answer
     }
 
+    /// Writes into a queue's rings, as no driver does: values at offsets, descriptors of (address, bytes, flags, next),
+    /// the available index.
+    pub(crate) fn spoil(
+        &self,
+        queue: u64,
+        rings: Vec<(u64, u64)>,
+        descriptors: Vec<(u64, u32, u16, u16)>,
+        available: u16,
+    ) {
+        let base = RINGS + queue * RING_BYTES;
+        for (at, value) in rings {
+            self.write(base + at, value);
+        }
+        for (number, (address, bytes, flags, next)) in descriptors.into_iter().enumerate() {
+            let at = base + 16 * number as u64;
+            self.write(at, address);
+            self.write(at + 8, bytes);
+            self.write(at + 12, flags);
+            self.write(at + 14, next);
+        }
+        self.write(base + 0x1002, available);
+    }
+
+    /// A driver that begins anew, with clean rings, on the same device, which was reset.
+    pub(crate) fn renewed(self) -> Self {
+        let bytes = RING_BYTES * self.rings.len() as u64;
+        self.memory()
+            .write_slice(&vec![0; bytes as usize], GuestAddress(RINGS))
+            .unwrap();
+        Self::around(self.ram, self.device)
+    }
+
     /// Waits until the device asks for a reset.
     pub(crate) fn wait_broken(&self) {
         let deadline = Instant::now() + PATIENCE;
