@@ -215,6 +215,25 @@ impl Disk {
         })
     }
 
+    /// Takes a file that is there over as a temporary one, which goes when it gets no other name.
+    ///
+    /// # Errors
+    /// What the system says; [`io::ErrorKind::InvalidInput`] when it is no file.
+    pub fn adopt(&self, path: &Path) -> Result<Temp, DiskError> {
+        let opened = || {
+            if !fs::metadata(path)?.is_file() {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            OpenOptions::new().read(true).write(true).open(path)
+        };
+        Ok(Temp {
+            disk: self.clone(),
+            file: opened().map_err(DiskError::new("open", path))?,
+            path: path.to_owned(),
+            state: TempState::Dirty,
+        })
+    }
+
     /// Writes a small file whole or not at all, in the place of what was there: as `<stem>.<number>` in `dir` first.
     ///
     /// # Errors

@@ -20,8 +20,8 @@ use std::ptr::NonNull;
 use crate::dirty::OwnWrites;
 use crate::layout::{HIGH_RAM_START, LOW_RAM_END};
 use rustix::fs::{
-    FallocateFlags, MemfdFlags, SealFlags, SeekFrom, fallocate, fcntl_add_seals, ftruncate, memfd_create,
-    seek,
+    FallocateFlags, MemfdFlags, SealFlags, SeekFrom, fallocate, fcntl_add_seals, fcntl_get_seals, ftruncate,
+    memfd_create, seek,
 };
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -60,6 +60,12 @@ pub enum MemoryError {
     /// vm-memory refused a region; the text says why.
     #[error("map guest memory: {0}")]
     Map(String),
+    /// What is to become the guest's memory cannot.
+    #[error("the image cannot become the guest's memory: {why}")]
+    Image {
+        /// What is wrong with it.
+        why: String,
+    },
     /// Pages outside the guest's memory.
     #[error("pages {first}..{end} are outside the guest's memory of {pages} pages")]
     OutOfRange {
@@ -153,10 +159,7 @@ impl GuestRam {
     /// # Errors
     /// [`MemoryError::Size`] for a size out of bounds, [`MemoryError::Allocate`] when the system refuses.
     pub fn new(bytes: u64) -> Result<Self, MemoryError> {
-        if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&bytes) || !bytes.is_multiple_of(1 << 20) {
-            return Err(MemoryError::Size { bytes });
-        }
-        let length = usize::try_from(bytes).map_err(|_| MemoryError::Size { bytes })?;
+        check_size(bytes)?;
         let refused = |call| move |source| MemoryError::Allocate { call, bytes, source };
         let fd = memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .map_err(refused("memfd_create"))?;
@@ -164,21 +167,81 @@ impl GuestRam {
         // A file that cannot shrink cannot turn our copies into SIGBUS, whoever else gets to hold the fd.
         fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
             .map_err(refused("fcntl(F_ADD_SEALS)"))?;
+        Self::over(File::from(fd), bytes, MapFlags::SHARED)
+    }
+
+    /// RAM of `bytes` whose content is in `image` already: a memfd of that length that cannot change it. It is the
+    /// guest's from here on, and nobody else may write it.
+    ///
+    /// Until [`Self::settle`] what is written goes to pages that are thrown away then: some of a vCPU's state makes KVM
+    /// write to the guest's memory when it is restored, and the checkpoint was taken after the guest had seen that.
+    ///
+    /// # Errors
+    /// [`MemoryError::Size`], [`MemoryError::Image`] when it is something else, [`MemoryError::Allocate`].
+    pub fn adopt(image: File, bytes: u64) -> Result<Self, MemoryError> {
+        check_size(bytes)?;
+        let unfit = |why: String| MemoryError::Image { why };
+        let metadata = image.metadata().map_err(|e| unfit(e.to_string()))?;
+        if !metadata.is_file() || metadata.len() != bytes {
+            return Err(unfit(format!(
+                "it has {} bytes, and the guest's memory {bytes}",
+                metadata.len()
+            )));
+        }
+        let seals = fcntl_get_seals(&image).map_err(|e| unfit(format!("it is no memfd: {e}")))?;
+        // A file that could shrink would turn our copies into SIGBUS.
+        if !seals.contains(SealFlags::SHRINK | SealFlags::GROW) {
+            return Err(unfit("its size is not sealed".into()));
+        }
+        if seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE) {
+            return Err(unfit("it is sealed against writing".into()));
+        }
+        Self::over(image, bytes, MapFlags::PRIVATE)
+    }
+
+    /// The image's content is the guest's memory from here on: what was written to it before is gone.
+    ///
+    /// # Errors
+    /// [`MemoryError::Allocate`].
+    pub fn settle(&self) -> Result<(), MemoryError> {
+        let bytes = self.bytes();
+        // SAFETY: it takes the place of our own mapping, which has this very range, and KVM is told by the kernel that its
+        // pages went; nothing has a reference into it.
+        let mapped = unsafe {
+            mmap(
+                self.mapping.base.as_ptr().cast(),
+                self.mapping.bytes,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED,
+                self.file.as_fd(),
+                0,
+            )
+        };
+        mapped.map(drop).map_err(|source| MemoryError::Allocate {
+            call: "mmap",
+            bytes,
+            source,
+        })
+    }
+
+    /// A mapping of all of `file`, which has `bytes` bytes and keeps them.
+    fn over(file: File, bytes: u64, how: MapFlags) -> Result<Self, MemoryError> {
+        let length = usize::try_from(bytes).map_err(|_| MemoryError::Size { bytes })?;
+        let refused = |call| move |source| MemoryError::Allocate { call, bytes, source };
         // SAFETY: a new mapping at an address of the kernel's choice, backed by a file of exactly this length.
         let base = unsafe {
             mmap(
                 std::ptr::null_mut(),
                 length,
                 ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::NORESERVE,
-                fd.as_fd(),
+                how | MapFlags::NORESERVE,
+                file.as_fd(),
                 0,
             )
         }
         .map_err(refused("mmap"))?;
         let base = NonNull::new(base.cast::<u8>()).ok_or(MemoryError::Map("at address 0".into()))?;
         let mapping = Mapping { base, bytes: length };
-        let file = File::from(fd);
         let slots = slots(bytes);
         let regions = slots
             .iter()
@@ -299,6 +362,13 @@ impl GuestRam {
     }
 }
 
+fn check_size(bytes: u64) -> Result<(), MemoryError> {
+    if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&bytes) || !bytes.is_multiple_of(1 << 20) {
+        return Err(MemoryError::Size { bytes });
+    }
+    Ok(())
+}
+
 /// A private copy of guest RAM, page for page: memory is taken as pages are copied in, the rest reads as zero.
 #[derive(Debug)]
 pub struct Shadow(Mapping);
@@ -391,6 +461,52 @@ mod tests {
         assert_eq!(two[1].first_page, LOW_RAM_END / 4096);
         assert_eq!(two[0].bytes + two[1].bytes, 5 << 30);
         assert_eq!(slots(3 << 30).len(), 1);
+    }
+
+    #[test]
+    fn an_image_is_adopted_as_it_is_and_only_when_it_can_be() {
+        use std::os::unix::fs::FileExt;
+        let sealed = |bytes: u64, seals| {
+            let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+            let image = File::from(memfd_create("image", flags).unwrap());
+            image.set_len(bytes).unwrap();
+            fcntl_add_seals(&image, seals).unwrap();
+            image
+        };
+        let (size, both) = (8 << 20, SealFlags::SHRINK | SealFlags::GROW);
+        let image = sealed(size, both);
+        image
+            .write_all_at(&[7; PAGE_BYTES], 5 * PAGE_BYTES as u64)
+            .unwrap();
+        let ram = GuestRam::adopt(image.try_clone().unwrap(), size).unwrap();
+        // As KVM does while vCPUs are restored.
+        ram.write_pages(5, &[9; PAGE_BYTES]).unwrap();
+        ram.write_pages(6, &[9; PAGE_BYTES]).unwrap();
+        ram.settle().unwrap();
+        let page = |page| {
+            let mut bytes = [0; PAGE_BYTES];
+            ram.read_pages(page, &mut bytes);
+            bytes
+        };
+        assert_eq!((page(5), page(6)), ([7; PAGE_BYTES], [0; PAGE_BYTES]));
+        ram.memory()
+            .write_obj(3u8, GuestAddress(6 * PAGE_BYTES as u64))
+            .unwrap();
+        assert_eq!(page(6)[0], 3);
+        // A hole that was looked at counts as written, and is zero.
+        assert_eq!(ram.populated().unwrap(), vec![5..7]);
+        let mut there = [0; 1];
+        image.read_exact_at(&mut there, 6 * PAGE_BYTES as u64).unwrap();
+        assert_eq!(there, [3], "the guest runs on the image");
+
+        let refused = |image, size| GuestRam::adopt(image, size).unwrap_err().to_string();
+        assert!(refused(sealed(size, both), 2 * size).contains("8388608 bytes"));
+        assert!(refused(sealed(size, SealFlags::GROW), size).contains("not sealed"));
+        assert!(refused(sealed(size, both | SealFlags::WRITE), size).contains("against writing"));
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(size).unwrap();
+        assert!(refused(file, size).contains("cannot become"));
+        assert!(refused(sealed(1 << 20, both), 1 << 20).contains("4 MiB"));
     }
 
     #[test]

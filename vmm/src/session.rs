@@ -17,7 +17,7 @@ use migrate::shipper::{ShipStatus, Shipper, ShipperConfig};
 use migrate::spool::{Position, Spool};
 use migrate::store::{ChainError, Durability, FsStore, StoreError};
 use migrate::transport::IdentityArgs;
-use segment::{Generation, SegmentName, VmId};
+use segment::{Generation, SegmentName, Space, VmId};
 use tokio::sync::{mpsc, watch};
 
 use crate::boot::BootSource;
@@ -27,11 +27,12 @@ use crate::control::{RunState, VmHandle};
 use crate::devices::virtio::setup::{DeviceConfig, Devices};
 use crate::memory::GuestRam;
 use crate::preflight::{self, Lack};
-use crate::replica::{MachineTarget, VmSource, disk_space};
+use crate::replica::{VmSource, disk_space};
 use crate::state;
 use crate::vm::{MachineConfig, Vm};
 use checkpoints::{Checkpoints, Progress};
 use follower::Follower;
+use image::Content;
 use lease::LeaseKeeper;
 use ownership::Ownership;
 
@@ -39,6 +40,7 @@ mod checkpoints;
 mod disks;
 mod error;
 mod follower;
+mod image;
 mod lease;
 mod ownership;
 mod report;
@@ -46,6 +48,7 @@ mod sole;
 
 pub use disks::{BindError, Bindings};
 pub use error::{SessionError, chain};
+pub use image::ImageFiles;
 pub use report::{
     CheckpointReport, FailoverMode, HolderReport, OnLapse, Protection, ProtectionStatus, SessionStatus,
     StopReport,
@@ -86,6 +89,15 @@ pub enum RestoreFrom {
     },
     /// Segment files that make up a chain.
     Files(Vec<PathBuf>),
+    /// A checkpoint of a store, whose content is in an image.
+    Image {
+        /// The folder.
+        dir: PathBuf,
+        /// The checkpoint.
+        segment: SegmentName,
+        /// The image.
+        image: ImageFiles,
+    },
 }
 
 /// A VM in this process.
@@ -212,19 +224,19 @@ impl Session {
         clock: ClockPolicy,
         bindings: &Bindings,
     ) -> Result<Self, SessionError> {
-        let plan = load_plan(&config, &from)?;
-        let tip = plan.manifest().name.clone();
+        let content = Content::open(&config, &from)?;
+        let tip = content.manifest().name.clone();
         sole::check(&config, &from, &tip)?;
-        let records = plan.records()?;
+        let records = content.records()?;
         let saved = state::from_records(&records).map_err(|source| SessionError::State {
             name: tip.clone(),
             source,
         })?;
         disks::check(&saved.virtio, bindings)?;
         let store = open_store(&config, saved.config.memory_bytes)?;
-        let (devices, filling) = disks::prepare(&saved.virtio, bindings, &config.store)?;
-        check_spaces(&plan, saved.config.memory_bytes, &devices)?;
-        let manifest = plan.manifest();
+        let (devices, filling) = disks::prepare(&saved.virtio, bindings, &config.store, content.disks())?;
+        check_spaces(&tip, content.spaces(), saved.config.memory_bytes, &devices)?;
+        let manifest = content.manifest();
         let parent = Parent {
             name: tip.clone(),
             checkpoint: manifest.checkpoint,
@@ -234,18 +246,15 @@ impl Session {
         let vm = blocking(move || {
             VmHandle::start(|outbox, ended| {
                 let disks: Vec<_> = devices.disks().cloned().collect();
-                let load = |ram: &GuestRam| {
-                    plan.load_into(&MachineTarget { ram, disks: &disks }, cores())
-                        .map(drop)
-                        .map_err(Into::into)
-                };
+                let memory = |bytes| content.memory(bytes);
+                let load = |ram: &GuestRam| content.fill(ram, &disks);
                 let leash = outbox.leash();
                 let attach = |ram: &Arc<GuestRam>| {
                     devices
                         .attach(ram, &leash, Some(&saved.virtio))
                         .map_err(Into::into)
                 };
-                Vm::restore(&saved, clock, load, &attach, outbox, ended)
+                Vm::restore(&saved, clock, memory, load, &attach, outbox, ended)
             })
         })
         .await??;
@@ -781,6 +790,10 @@ async fn own(
 fn load_plan(config: &SessionConfig, from: &RestoreFrom) -> Result<LoadPlan, SessionError> {
     match from {
         RestoreFrom::Files(paths) => Ok(LoadPlan::from_files(paths)?),
+        RestoreFrom::Image { dir, segment, .. } => {
+            let store = FsStore::open_chain(dir, &segment.vm, Some(segment))?;
+            plan_from(config, &store, Some(segment))
+        }
         RestoreFrom::Store { dir, segment, .. } => {
             let vm = segment.as_ref().map_or(&config.name, |name| &name.vm);
             let store = FsStore::open_chain(dir, vm, segment.as_ref()).map_err(|error| match error {
@@ -836,12 +849,17 @@ fn plan_from(
 }
 
 /// The memory and the disks the records speak of are those the pages are for.
-fn check_spaces(plan: &LoadPlan, memory_bytes: u64, devices: &Devices) -> Result<(), SessionError> {
+fn check_spaces(
+    tip: &SegmentName,
+    spaces: &[Space],
+    memory_bytes: u64,
+    devices: &Devices,
+) -> Result<(), SessionError> {
     let unfit = |why| SessionError::Unfit {
-        name: plan.manifest().name.clone(),
+        name: tip.clone(),
         why,
     };
-    let Some((memory, disks)) = plan.spaces().split_first() else {
+    let Some((memory, disks)) = spaces.split_first() else {
         return Err(unfit("it has no address space".into()));
     };
     let bytes = memory.bytes();

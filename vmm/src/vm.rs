@@ -322,7 +322,7 @@ impl Vm {
         self.start_threads(parts.vcpus)
     }
 
-    /// A machine with a saved state, whose memory `load` fills. It does not run yet.
+    /// A machine with a saved state, whose memory `memory` makes, of so many bytes, and `load` fills. It does not run yet.
     ///
     /// Whether this host can run it is found out before the memory is loaded.
     ///
@@ -331,6 +331,7 @@ impl Vm {
     pub fn restore(
         saved: &MachineState,
         policy: ClockPolicy,
+        memory: impl FnOnce(u64) -> Result<GuestRam, MemoryError>,
         load: impl FnOnce(&GuestRam) -> Result<(), BoxedError>,
         attach: Attach<'_>,
         outbox: &Outbox,
@@ -353,7 +354,7 @@ impl Vm {
         }
         // Slots before the vCPUs: writing an MSR that holds a guest address (kvmclock, PV EOI, async page faults) makes
         // KVM look the address up. The memory is filled after them: some of these writes make KVM write to it.
-        let ram = Arc::new(GuestRam::new(saved.config.memory_bytes)?);
+        let ram = Arc::new(memory(saved.config.memory_bytes)?);
         set_slots(&parts.fd, &ram, false)?;
         for (vcpu, (state, id)) in parts.vcpus.iter().zip(saved.vcpus.iter().zip(0u8..)) {
             state::restore(vcpu, id, state, parts.xsave_bytes, scales_tsc)?;

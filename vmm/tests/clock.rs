@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use common::{Guests, small};
 use vmm::clock::ClockPolicy;
+use vmm::memory::GuestRam;
 use vmm::outbox::Outbox;
 use vmm::vm::{Ended, MachineConfig, MachineState, Vm, no_devices};
 
@@ -25,7 +26,16 @@ fn has_tsc_offsets() -> bool {
 
 fn restore(state: &MachineState, policy: ClockPolicy) -> MachineState {
     let ended: Ended = Arc::new(|_, _, _| {});
-    let mut vm = Vm::restore(state, policy, |_| Ok(()), &no_devices, &Outbox::default(), &ended).unwrap();
+    let mut vm = Vm::restore(
+        state,
+        policy,
+        GuestRam::new,
+        |_| Ok(()),
+        &no_devices,
+        &Outbox::default(),
+        &ended,
+    )
+    .unwrap();
     vm.pause().unwrap().save().unwrap()
 }
 

@@ -27,6 +27,12 @@ pub enum NameError {
         /// The text that was given (cut to a printable length).
         text: String,
     },
+    /// The text is no checkpoint's id.
+    #[error("{text:?} is not a checkpoint's id: expected 32 of 0-9 and a-f")]
+    CheckpointForm {
+        /// The text that was given (cut to a printable length).
+        text: String,
+    },
 }
 
 /// The id of a protected machine. It stays the same wherever the VM runs.
@@ -227,6 +233,19 @@ macro_rules! hex {
         }
     };
 }
+impl FromStr for CheckpointId {
+    type Err = NameError;
+    fn from_str(s: &str) -> Result<Self, NameError> {
+        let hex = s.len() == 32 && s.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        let number = hex.then(|| u128::from_str_radix(s, 16).ok()).flatten();
+        number
+            .map(|n| Self(n.to_be_bytes()))
+            .ok_or_else(|| NameError::CheckpointForm {
+                text: s.chars().take(120).collect(),
+            })
+    }
+}
+
 hex!(CheckpointId, 16);
 hex!(Digest, 32);
 
@@ -256,6 +275,20 @@ mod tests {
         assert!(VmId::new(&"a".repeat(65)).is_err());
         assert!(VmId::new(".hidden").is_err());
         assert!(VmId::new("a/b").is_err());
+    }
+
+    #[test]
+    fn checkpoint_ids_have_one_text() {
+        let id = CheckpointId(*b"0123456789abcdef");
+        assert_eq!(id.to_string().parse::<CheckpointId>().unwrap(), id);
+        for bad in [
+            "",
+            "00",
+            "+0000000000000000000000000000000",
+            "0123456789ABCDEF0123456789ABCDEF",
+        ] {
+            assert!(bad.parse::<CheckpointId>().is_err(), "{bad:?} was taken");
+        }
     }
 
     #[test]

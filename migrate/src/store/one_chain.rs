@@ -1,10 +1,12 @@
 //! Reading one chain out of a store that may hold thousands: no other file is opened.
 
 use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use segment::{SegmentName, VmId};
+use segment::{SegmentName, SegmentReader, VmId};
 
 use super::scan::{self, Content};
 use super::{DamagedFile, FsStore, MAX_CHAIN_LINKS, StoreError};
@@ -55,6 +57,39 @@ impl FsStore {
         }
         // What there is of it: the caller's question for the chain names what is missing.
         Ok(Arc::new(store))
+    }
+
+    /// Opens one segment of the store in `dir`, and looks at nothing it stands on.
+    ///
+    /// # Errors
+    /// [`StoreError::NoStore`], [`StoreError::NotHeld`], [`StoreError::Damaged`], and what the disk says.
+    pub fn open_one(dir: &Path, name: &SegmentName) -> Result<SegmentReader<File>, StoreError> {
+        let store = Self::unread(dir)?;
+        let path = store.segment_path(name);
+        let file = crate::regular::open(&path).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => StoreError::NotHeld {
+                name: name.clone(),
+                dir: dir.to_owned(),
+            },
+            _ => StoreError::Io {
+                what: "open",
+                path,
+                source,
+            },
+        })?;
+        let damaged = |source| StoreError::Damaged {
+            name: name.clone(),
+            source,
+        };
+        let reader = SegmentReader::open(file).map_err(damaged)?;
+        let found = &reader.manifest().name;
+        if found != name {
+            return Err(StoreError::OtherName {
+                expected: name.clone(),
+                found: found.clone(),
+            });
+        }
+        Ok(reader)
     }
 
     /// Reads the links of `tip` from their files, as far as they go.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use migrate::store::{FsStore, Lineage, Moment, MomentError, StoreError};
-use segment::{Generation, SegmentName, SegmentReader, VmId};
+use segment::{CheckpointId, Generation, SegmentName, SegmentReader, VmId};
 
 use super::host::{self, Audience, Host};
 use super::logging::Log;
@@ -13,7 +13,7 @@ use super::{CliError, Outcome, devices, on_runtime, rundir};
 use crate::api::instance::{Identity, Origin};
 use crate::clock::ClockPolicy;
 use crate::config::{CheckpointConfig, VmConfig};
-use crate::session::{Bindings, RestoreFrom, Session, SessionConfig, SessionError};
+use crate::session::{Bindings, ImageFiles, RestoreFrom, Session, SessionConfig, SessionError};
 
 /// Runs a VM from a checkpoint: from a store (of a VM or of an agent), or from segment files.
 #[derive(Debug, Args)]
@@ -53,6 +53,16 @@ pub(super) struct Restore {
     /// What this host has for a device of that name, should the VM have it: like --bind, and ignored where it has not
     #[arg(long, value_name = "NAME=WHAT", value_parser = devices::binding)]
     offer: Vec<(String, String)>,
+    /// Run on this image of the guest's memory instead of loading the chain: a memfd sealed against changes of its size,
+    /// like /proc/self/fd/0. The VM keeps it
+    #[arg(long, value_name = "FILE", requires_all = ["segment", "image_checkpoint"], conflicts_with_all = ["check", "detach"])]
+    image: Option<PathBuf>,
+    /// The id of the checkpoint that the image is of
+    #[arg(long, value_name = "ID", requires = "image")]
+    image_checkpoint: Option<CheckpointId>,
+    /// The image of a disk: it becomes the disk's file. Can be given again
+    #[arg(long, value_name = "disk:NAME=FILE", requires = "image", value_parser = devices::binding)]
+    image_disk: Vec<(String, String)>,
     #[command(flatten)]
     keeping: Keeping,
     #[command(flatten)]
@@ -204,7 +214,23 @@ impl Restore {
         }
         match (&self.segment, self.what.is_empty(), given) {
             (Some(segment), true, given) => {
-                Ok(self.in_store(given, segment.vm.clone(), Some(segment.clone()), config))
+                let mut wanted = self.in_store(given, segment.vm.clone(), Some(segment.clone()), config);
+                if let (Some(memory), Some(checkpoint)) = (&self.image, self.image_checkpoint) {
+                    wanted.from = RestoreFrom::Image {
+                        dir: self.source(&segment.vm, config),
+                        segment: segment.clone(),
+                        image: ImageFiles {
+                            memory: memory.clone(),
+                            checkpoint,
+                            disks: self
+                                .image_disk
+                                .iter()
+                                .map(|(n, p)| (n.clone(), p.into()))
+                                .collect(),
+                        },
+                    };
+                }
+                Ok(wanted)
             }
             (None, true, Some(name)) => self.newest(Some(name.clone()), name, config),
             (None, true, None) => Err(CliError::Said(

@@ -8,14 +8,15 @@
 //! A disk is written to a new file, which takes the place of what has its name only when it is whole: a restore that
 //! fails leaves what was there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use migrate::crashsafe::{Disk as Files, DiskError as FileError, Temp, folder_of};
 
-use crate::devices::virtio::disk::{Disk, DiskError};
+use crate::devices::virtio::disk::{Disk, DiskError, block_bytes};
 use crate::devices::virtio::net::tap::{Tap, TapError};
 use crate::devices::virtio::setup::{Backing, DISK, Devices, NET};
 use crate::devices::virtio::state::{BlockState, DeviceState, VirtioState};
@@ -101,6 +102,14 @@ pub enum BindError {
         #[source]
         source: std::io::Error,
     },
+    /// What an image has of a disk.
+    #[error("the image of {name} cannot be used: {why}")]
+    Image {
+        /// Of which.
+        name: String,
+        /// Why not.
+        why: String,
+    },
     /// A network card.
     #[error(transparent)]
     Tap(#[from] TapError),
@@ -155,13 +164,30 @@ pub(super) fn prepare(
     saved: &[VirtioState],
     bindings: &Bindings,
     store: &Path,
+    images: Option<&BTreeMap<String, PathBuf>>,
 ) -> Result<(Devices, Vec<Filling>), BindError> {
+    if let Some(images) = images {
+        // All of them: one that was left empty would be no state of the VM.
+        let is_disk = |state: &&VirtioState| matches!(state.device, DeviceState::Block(_));
+        let disks: BTreeSet<&String> = saved.iter().filter(is_disk).map(|state| &state.name).collect();
+        if disks != images.keys().collect() {
+            return Err(BindError::Image {
+                name: "its disks".into(),
+                why: format!("it has {:?}, and the VM has {disks:?}", images.keys()),
+            });
+        }
+    }
     let mut filling = Vec::new();
     let mut backings = Vec::new();
     for state in saved {
         backings.push(match &state.device {
             DeviceState::Block(block) => {
-                let (disk, file) = new_disk(&state.name, block, bindings, store)?;
+                let (disk, file) = new_disk(
+                    &state.name,
+                    block,
+                    (bindings, store),
+                    images.and_then(|images| images.get(&state.name)),
+                )?;
                 filling.push(file);
                 Backing::Disk {
                     disk,
@@ -188,8 +214,8 @@ pub(super) fn prepare(
 fn new_disk(
     name: &str,
     block: &BlockState,
-    bindings: &Bindings,
-    store: &Path,
+    (bindings, store): (&Bindings, &Path),
+    image: Option<&PathBuf>,
 ) -> Result<(Arc<Disk>, Filling), BindError> {
     let (to, bound) = disk_file(name, bindings, store);
     // A file somebody named may be all there is of an older state: what replaces it is on the disk first.
@@ -210,8 +236,14 @@ fn new_disk(
         name: name.to_owned(),
         source,
     };
-    let stem = format!(".{}.{}", plain(name), std::process::id());
-    let temp = files.temp(folder, &stem).map_err(refused)?;
+    let temp = match image {
+        Some(image) => from_image(name, image, &files, folder, block.bytes)?,
+        None => {
+            let stem = format!(".{}.{}", plain(name), std::process::id());
+            files.temp(folder, &stem).map_err(refused)?
+        }
+    };
+    // An image is of whole blocks.
     let sized = temp
         .file()
         .set_len(block.bytes)
@@ -233,6 +265,33 @@ fn new_disk(
             _old: old,
         },
     ))
+}
+
+/// An image's file of a disk, which is to be in `folder` without being copied.
+fn from_image(name: &str, image: &Path, files: &Files, folder: &Path, bytes: u64) -> Result<Temp, BindError> {
+    let unfit = |why: String| BindError::Image {
+        name: name.to_owned(),
+        why: format!("{}: {why}", image.display()),
+    };
+    let looked = std::fs::metadata(image).and_then(|at| Ok((at, std::fs::metadata(folder)?)));
+    let (at, there) = looked.map_err(|e| unfit(e.to_string()))?;
+    let whole = bytes.next_multiple_of(block_bytes(bytes).into());
+    if !at.is_file() || at.len() != whole {
+        return Err(unfit(format!(
+            "it is no file of {whole} bytes, as the disk's blocks have, but has {}",
+            at.len()
+        )));
+    }
+    if at.dev() != there.dev() {
+        return Err(unfit(format!(
+            "it is on another file system than {}, where the disk is to be",
+            folder.display()
+        )));
+    }
+    files.adopt(image).map_err(|source| BindError::File {
+        name: name.to_owned(),
+        source,
+    })
 }
 
 /// Where a disk's file goes, and whether somebody said so.

@@ -113,6 +113,16 @@ pub enum SessionError {
         /// The folder.
         dir: PathBuf,
     },
+    /// The image is none of this checkpoint.
+    #[error("run {name} on the image {path:?}: {why}")]
+    Image {
+        /// The checkpoint.
+        name: SegmentName,
+        /// The image's memory.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
     /// The registry refused, or is away.
     #[error("agree with the registry on who owns VM {vm}")]
     Registry {
