@@ -90,12 +90,14 @@ pub struct Holding {
 }
 
 /// The VM runs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Running {
     /// The process.
     pub pid: u32,
     /// Its control socket.
     pub socket: Option<String>,
+    /// How it was started, where that is worth telling.
+    pub notes: Vec<String>,
 }
 
 /// What happened.
@@ -364,7 +366,8 @@ impl Plan {
                 PlanEvent::Fetched(result),
             ) => self.fetched(record, tip, from, otherwise, result),
             (state, PlanEvent::Waited { time }) => self.waited(state, time),
-            (State::Starting { record, tip, .. }, PlanEvent::Started(Ok(running))) => {
+            (State::Starting { record, tip, .. }, PlanEvent::Started(Ok(mut running))) => {
+                self.notes.append(&mut running.notes);
                 self.succeed(*record, *tip, Some(running))
             }
             (

@@ -288,7 +288,10 @@ impl World {
                     shipped,
                     fenced: false,
                 });
-                PlanEvent::Started(Ok(Running { pid: 1, socket: None }))
+                PlanEvent::Started(Ok(Running {
+                    pid: 1,
+                    ..Running::default()
+                }))
             }
             PlanAction::Wait { time, .. } => PlanEvent::Waited { time },
             PlanAction::Ask { holder, thorough } => {
@@ -490,7 +493,10 @@ fn the_highest_of_enough_holders_is_taken_from_who_has_it() {
         "{start:?}"
     );
     assert_eq!(
-        finish(plan.step(PlanEvent::Started(Ok(Running { pid: 3, socket: None })))),
+        finish(plan.step(PlanEvent::Started(Ok(Running {
+            pid: 3,
+            ..Running::default()
+        })))),
         Ok((1, 12))
     );
 }
@@ -648,7 +654,10 @@ fn only_by_force_it_goes_on_without_enough_holders_and_waits_as_long_as_they_can
         "{actions:?}"
     );
     plan.step(PlanEvent::Fetched(Ok(Vec::new())));
-    let ended = plan.step(PlanEvent::Started(Ok(Running { pid: 3, socket: None })));
+    let ended = plan.step(PlanEvent::Started(Ok(Running {
+        pid: 3,
+        ..Running::default()
+    })));
     let [PlanAction::Finish(outcome)] = &ended[..] else {
         panic!("{ended:?}");
     };

@@ -222,16 +222,21 @@ async fn status(inner: &Arc<Inner>) -> AgentStatus {
         .map(|e| e.to_string());
     let store = inner.store.clone();
     let sessions = inner.sessions.clone();
+    let agent = inner.clone();
     let vms = tokio::task::spawn_blocking(move || {
         let vms = store.vms().into_iter().take(MAX_STATUS_VMS);
         vms.map(|vm| {
             let entries = store.entries(&vm);
+            let (hot_at, cold) = agent.hot.standing(&vm);
             VmStatus {
                 promised: store.promised(&vm),
                 segments: entries.len() as u64,
                 bytes: entries.iter().map(|e| e.bytes).sum(),
                 newest: store.newest_complete(&vm).map(|e| brief(&store, &e)),
                 shipping: sessions.owner(&vm),
+                hot_at,
+                cold,
+                drill: agent.drills.last(&vm),
                 vm,
             }
         })

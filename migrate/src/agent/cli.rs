@@ -14,7 +14,7 @@ use segment::{SegmentName, VmId};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::systemd::Systemd;
-use super::{Agent, AgentConfig, AgentError, Housekeeping, Offer, view};
+use super::{Agent, AgentConfig, AgentError, HotStandby, Housekeeping, Offer, VmPattern, view};
 use crate::ca::{CaCommand, CaError};
 use crate::placement::LabelRule;
 use crate::protect::DEFAULT_MAX_LINKS;
@@ -186,6 +186,20 @@ struct ServeArgs {
     /// given more than once.
     #[arg(long, value_name = "[VM/]NAME=WHAT")]
     bind: Vec<Offer>,
+    /// How often a copy of each running VM that it holds is run here for 5 s, without a network, like 24h: that a takeover
+    /// would work, and how long it would take; `never`. One at a time.
+    #[arg(long, value_name = "TIME", default_value = "never", value_parser = every)]
+    drill_every: Every,
+    /// VMs of which it keeps an image, uncompressed and up to date, that a takeover here runs on at once: web, db-*, all.
+    /// What is named first comes first. May be given more than once [default: none].
+    #[arg(long, value_name = "VMS", value_delimiter = ',')]
+    hot: Vec<VmPattern>,
+    /// The most memory that the images may take, like 16G: the sizes of the guests' memories [default: half of the host's].
+    #[arg(long, value_name = "SIZE", requires = "hot")]
+    hot_memory: Option<ByteSize>,
+    /// The most that their disks may take in DATA/hot [default: half of what is free there at the start].
+    #[arg(long, value_name = "SIZE", requires = "hot")]
+    hot_disk: Option<ByteSize>,
     /// A label of this node that placement chooses by, like zone=a. May be given more than once.
     #[arg(long, value_name = "KEY=VALUE", value_parser = label)]
     label: Vec<(String, String)>,
@@ -263,6 +277,8 @@ enum CliError {
     Mismatch,
     #[error("{bad} segments are bad and were not repaired: what to do is above")]
     Damaged { bad: u64 },
+    #[error("the last drill of {vm} failed at {nodes}: as it is, it could not be taken over there")]
+    DrillFailed { vm: VmId, nodes: String },
     #[error("{what}")]
     System {
         what: &'static str,
@@ -415,6 +431,12 @@ async fn serve(args: ServeArgs, identity: &IdentityArgs) -> Result<(), CliError>
         lease_ttl: args.lease.into(),
         replace_after: args.replace_after.into(),
         offers: args.bind,
+        drill_every: args.drill_every.0,
+        hot: HotStandby {
+            vms: args.hot,
+            memory: args.hot_memory.map(|size| size.as_u64()),
+            disk: args.hot_disk.map(|size| size.as_u64()),
+        },
     };
     let agent = Agent::start(config).await?;
     // For scripts that wait for it, and that let the system choose the port.
@@ -483,7 +505,7 @@ async fn ls(agent: &Agency, vm: Option<VmId>, json: bool) -> Result<(), CliError
     let mut text = view::segments(&segments, &client.welcome().node);
     if let Some(vm) = vm {
         let ask = KeepCall {
-            vm,
+            vm: vm.clone(),
             policy: None,
             only_here: true,
         };
@@ -493,7 +515,7 @@ async fn ls(agent: &Agency, vm: Option<VmId>, json: bool) -> Result<(), CliError
         let Reply::Status(status) = client.call(Call::Status(Nothing {}), READ_DEADLINE).await? else {
             return Err(CliError::Mismatch);
         };
-        text = view::points(&text, &report, &status);
+        text = view::points(&vm, &text, &report, &status);
     }
     print(&text);
     Ok(())

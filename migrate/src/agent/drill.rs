@@ -25,13 +25,21 @@ const MAX_WATCH: Duration = Duration::from_secs(600);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long its control socket may take to answer.
 const INSPECT_DEADLINE: Duration = Duration::from_secs(10);
-const DRILLED: &str = "drilled";
-const DRILL_FAILED: &str = "drill-failed";
+pub(super) const DRILLED: &str = "drilled";
+pub(super) const DRILL_FAILED: &str = "drill-failed";
 
 /// Runs a copy, and says how that went; the VM's history does too.
 pub(super) async fn drill(inner: &Arc<Inner>, call: DrillCall) -> Result<DrillReport, Failure> {
     let vm = call.vm.clone();
     let done = run(inner, call).await;
+    if let Err(failure) = &done {
+        tracing::error!(%vm, why = failure.why, "a drill FAILED: the VM could not be taken over here");
+    }
+    let (agent, of, came) = (inner.clone(), vm.clone(), done.clone());
+    let kept = tokio::task::spawn_blocking(move || agent.drills.ended(&of, &came)).await;
+    if kept.is_err() {
+        tracing::error!(%vm, "what a drill came to was not kept");
+    }
     // A registry that is away keeps nobody from trying a restore; the history lacks it then.
     if let Ok(record) = inner.registry.get_vm(&vm).await {
         let entry = match &done {

@@ -19,11 +19,13 @@ pub mod cli;
 mod copy;
 mod door;
 mod drill;
+mod drills;
 mod forget;
 mod gather;
 mod grants;
 mod history;
 mod host;
+mod hot;
 mod housekeep;
 mod keep;
 mod member;
@@ -62,6 +64,7 @@ use member::Member;
 use sessions::Sessions;
 
 pub use door::{MAX_CONNECTIONS, MAX_OF_NODE, MAX_STRANGERS};
+pub use hot::{HotStandby, VmPattern};
 pub use housekeep::Housekeeping;
 pub use member::LEASE_TTL;
 pub use offer::Offer;
@@ -110,6 +113,10 @@ pub struct AgentConfig {
     pub replace_after: Duration,
     /// What this host has for the devices of the VMs it takes over.
     pub offers: Vec<Offer>,
+    /// How often each VM that it could take over is tried; none: only on request.
+    pub drill_every: Option<Duration>,
+    /// Which VMs it keeps images of.
+    pub hot: HotStandby,
 }
 
 /// Why an agent did not start.
@@ -196,6 +203,8 @@ struct Inner {
     /// Held while stored bytes are checked for another agent.
     verifying: tokio::sync::Mutex<()>,
     housekeeper: housekeep::Housekeeper,
+    hot: hot::Hot,
+    drills: drills::Drills,
     connections: AtomicU32,
     /// The rate at which segments of other holders are copied here.
     copying: Pace,
@@ -212,6 +221,7 @@ pub struct Agent {
     repairing: JoinHandle<()>,
     keeping: JoinHandle<()>,
     watching: JoinHandle<()>,
+    drilling: JoinHandle<()>,
 }
 
 impl Agent {
@@ -238,6 +248,8 @@ impl Agent {
             etcd: access,
             lease_ttl,
             replace_after,
+            hot,
+            drill_every,
         } = config;
         let name = identity.name().to_owned();
         check_name(&name)?;
@@ -290,6 +302,8 @@ impl Agent {
             .rate
             .map_or_else(Pace::unlimited, Pace::bytes_per_second);
         let housekeeper = housekeep::Housekeeper::new(housekeeping, &data).map_err(usable)?;
+        let hot = hot::Hot::open(hot, &data).map_err(usable)?;
+        let drills = drills::Drills::open(drill_every, &data);
         let lease = member::join(&backend, &node, replace, lease_ttl).await?;
         let (stop, stopped) = watch::channel(false);
         let owners = owners::Owners::new(data.join("owners"));
@@ -313,11 +327,18 @@ impl Agent {
             grants,
             verifying: tokio::sync::Mutex::default(),
             housekeeper,
+            hot,
+            drills,
             connections: AtomicU32::new(0),
             copying,
             stop: stopped,
         });
+        hot::start(&inner).map_err(|source| AgentError::Data {
+            path: inner.data.clone(),
+            source,
+        })?;
         let watching = tokio::spawn(watcher::run(inner.clone()));
+        let drilling = tokio::spawn(drills::run(inner.clone()));
         let keeping = tokio::spawn(housekeep::run(inner.clone()));
         let repairing = tokio::spawn(repair::run(inner.clone(), replace_after));
         let member = Member {
@@ -337,6 +358,7 @@ impl Agent {
             keeping,
             repairing,
             watching,
+            drilling,
         })
     }
 
@@ -364,8 +386,12 @@ impl Agent {
         self.repairing.abort();
         self.inner.copying.stop();
         self.inner.housekeeper.stop();
+        self.inner.hot.stop();
+        let agent = self.inner.clone();
+        let _ = tokio::task::spawn_blocking(move || agent.hot.join()).await;
         // A takeover that is under way has a task of its own.
         self.watching.abort();
+        let _ = tokio::time::timeout(SHUTDOWN, self.drilling).await;
         let _ = tokio::time::timeout(SHUTDOWN, self.keeping).await;
         // Gives the lease back, so that everyone knows at once.
         if tokio::time::timeout(SHUTDOWN, &mut self.joining).await.is_err() {

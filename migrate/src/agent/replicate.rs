@@ -445,6 +445,7 @@ impl Disk {
             return CommitResult::Refused { reason, why };
         }
         self.complete = Some(offer.held());
+        self.agent.hot.stored(&offer.name.vm);
         CommitResult::Stored(stored)
     }
 

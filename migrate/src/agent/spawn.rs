@@ -4,19 +4,22 @@
 //! started, and nothing after that; its messages go to `DATA/vmm/VM.log`. It is in a process group of its own, so that
 //! neither the agent's end nor a Ctrl-C in the agent's terminal ends it.
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
 
 use segment::{Generation, SegmentName, VmId};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command};
 
-use super::Inner;
 use super::offer::for_vm;
+use super::{Inner, hot};
 use crate::failover::Running;
+use crate::image::TakenImage;
 use crate::registry::{RegistryAddr, VmRecord};
 use crate::wire::SegmentBrief;
 
@@ -141,11 +144,59 @@ pub(super) async fn check(inner: &Inner, vm: &VmId) -> Result<(), String> {
     ))
 }
 
-/// Starts the guest of `record` from `tip`, which is whole in the agent's store, and waits until it runs.
+/// Starts the guest of `record` from `tip`, which is whole in the agent's store, and waits until it runs: on its image,
+/// when there is one of this very checkpoint.
 ///
 /// # Errors
 /// In words, when it does not; no process is left then.
-pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief) -> Result<Running, String> {
+pub(super) async fn restore(
+    inner: &Arc<Inner>,
+    record: &VmRecord,
+    tip: &SegmentBrief,
+) -> Result<Running, String> {
+    let vm = &record.vm;
+    let note = match hot::take(inner, vm, tip.held()).await {
+        None => None,
+        Some(Err(why)) => Some(format!("from its chain, not from an image: {why}")),
+        Some(Ok(image)) => match start(inner, record, tip, Some(&image)).await {
+            Ok(mut running) => {
+                running.notes.push("from its image: nothing was loaded".into());
+                return Ok(running);
+            }
+            // Said by a process whose guest never ran, and that is gone.
+            Err(NotStarted { why, refused: true }) => {
+                tracing::error!(%vm, tip = %tip.name, why, "the image was refused: its chain is loaded");
+                Some(format!("from its chain, as its image was refused: {why}"))
+            }
+            Err(NotStarted { why, refused: false }) => return Err(why),
+        },
+    };
+    let started = start(inner, record, tip, None).await;
+    let mut running = started.map_err(|not| not.why)?;
+    running.notes.extend(note);
+    Ok(running)
+}
+
+/// A guest does not run, and no process is left.
+struct NotStarted {
+    why: String,
+    /// The process itself said why, before its guest could run.
+    refused: bool,
+}
+
+impl From<String> for NotStarted {
+    fn from(why: String) -> Self {
+        Self { why, refused: false }
+    }
+}
+
+/// The same from an image, or from the chain.
+async fn start(
+    inner: &Arc<Inner>,
+    record: &VmRecord,
+    tip: &SegmentBrief,
+    image: Option<&TakenImage>,
+) -> Result<Running, NotStarted> {
     let vmm = find_vmm(inner.vmm.as_deref())?;
     let vm = record.vm.as_str();
     let run_dir = inner.run_dir.clone();
@@ -180,6 +231,20 @@ pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief
         .args(["--generation", &record.generation.to_string()])
         .arg("--store")
         .arg(&spool);
+    if let Some(image) = image {
+        // As its standard input: no other process that is started meanwhile gets hold of it.
+        let memory = image.memory.try_clone();
+        let memory = memory.map_err(|e| format!("give the image away: {e}"))?;
+        command
+            .stdin(memory)
+            .args(["--image", "/proc/self/fd/0", "--image-checkpoint"])
+            .arg(image.at.checkpoint.to_string());
+        for (name, path) in &image.disks {
+            let mut disk = OsString::from(format!("{name}="));
+            disk.push(path);
+            command.arg("--image-disk").arg(disk);
+        }
+    }
     command.args(["--protect-to", &record.holders.join(",")]);
     command.args(["--ack-quorum", &record.ack_quorum.to_string()]);
     command.args([
@@ -201,23 +266,32 @@ pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief
     let mut child = command
         .spawn()
         .map_err(|e| format!("start {}: {e}", vmm.display()))?;
+    // It holds the memory of the image open.
+    drop(command);
 
     let pid = child
         .id()
         .map_or_else(|| "gone".to_owned(), |pid| pid.to_string());
-    let why = match runs(&mut child, allowance(inner, &tip.name)).await {
-        Ok(Running { pid, socket }) => {
+    let mut not = match told(&mut child, allowance(inner, &tip.name)).await {
+        Ok(running) => {
+            let pid = running.pid;
+            inner.hot.runs(&record.vm, pid);
             // Reaped when it ends, whenever that is.
-            let vm = record.vm.clone();
+            // The agent's store is not held for it.
+            let (agent, vm) = (Arc::downgrade(inner), record.vm.clone());
             tokio::spawn(async move {
-                match child.wait().await {
+                let ended = child.wait().await;
+                if let Some(agent) = agent.upgrade() {
+                    agent.hot.ended(&vm, pid);
+                }
+                match ended {
                     Ok(status) => tracing::warn!(%vm, pid, %status, "the VM's process ended"),
                     Err(error) => tracing::warn!(%vm, pid, %error, "the VM's process cannot be waited for"),
                 }
             });
-            return Ok(Running { pid, socket });
+            return Ok(running);
         }
-        Err(why) => why,
+        Err(not) => not,
     };
     // It must not run when someone else is about to: ended and seen to end before this is told.
     let ended = match tokio::time::timeout(KILL_DEADLINE, child.kill()).await {
@@ -232,8 +306,10 @@ pub(super) async fn restore(inner: &Inner, record: &VmRecord, tip: &SegmentBrief
     };
     if !ended.is_empty() {
         tracing::error!(vm, pid, "a restore that failed cannot be ended");
+        not.refused = false;
     }
-    Err(format!("{why}{}{ended}", tail(&log_path, from)))
+    not.why = format!("{}{}{ended}", not.why, tail(&log_path, from));
+    Err(not)
 }
 
 /// How long a guest that goes on from `tip` may take to run.
@@ -249,18 +325,30 @@ pub(super) fn allowance(inner: &Inner, tip: &SegmentName) -> Duration {
 /// # Errors
 /// In words, when it does not: the process may be there still.
 pub(super) async fn runs(child: &mut Child, deadline: Duration) -> Result<Running, String> {
+    told(child, deadline).await.map_err(|not| not.why)
+}
+
+async fn told(child: &mut Child, deadline: Duration) -> Result<Running, NotStarted> {
     let pid = child
         .id()
         .map_or_else(|| "gone".to_owned(), |pid| pid.to_string());
     match tokio::time::timeout(deadline, ready(child)).await {
-        Ok(Ok(Ready::Running { pid, socket })) => Ok(Running { pid, socket }),
-        Ok(Ok(Ready::Failed { error })) => Err(error),
-        Ok(Err(why)) => Err(why),
+        Ok(Ok(Ready::Running { pid, socket })) => Ok(Running {
+            pid,
+            socket,
+            notes: Vec::new(),
+        }),
+        Ok(Ok(Ready::Failed { error })) => Err(NotStarted {
+            why: error,
+            refused: true,
+        }),
+        Ok(Err(why)) => Err(why.into()),
         Err(_) => Err(format!(
             "`vmm restore` (process {pid}) did not run the guest within {} and was ended; `standby serve \
              --restore-timeout` gives it longer",
             humantime::format_duration(deadline)
-        )),
+        )
+        .into()),
     }
 }
 

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::registry::{HistoryEntry, NodeRecord, VmRecord};
 use crate::wire::{
-    AgentStatus, FoldReport, ForgetReport, KeepReport, PromoteReport, SegmentBrief, SegmentDetail,
+    AgentStatus, FoldReport, ForgetReport, KeepReport, LastDrill, PromoteReport, SegmentBrief, SegmentDetail,
     VerifyReport,
 };
 
@@ -99,8 +99,22 @@ pub(super) fn segments(segments: &[SegmentBrief], node: &str) -> String {
     )
 }
 
+/// How the last drill went.
+pub(super) fn drilled(last: &LastDrill) -> String {
+    let ago = age(Duration::from_millis(last.at_unix_ms));
+    match (&last.failed, &last.segment) {
+        (Some(why), _) => format!("the last drill, {ago} ago, FAILED: {why}"),
+        (None, segment) => format!(
+            "the last drill, {ago} ago: a copy of {} ran after {} ms, {:.1} s old",
+            segment.as_ref().map(ToString::to_string).unwrap_or_default(),
+            last.recovery_us.unwrap_or_default() / 1000,
+            last.age_ms.unwrap_or_default() as f64 / 1000.0
+        ),
+    }
+}
+
 /// Below the list of one VM's segments: what is kept of them, and what is wrong.
-pub(super) fn points(list: &str, report: &KeepReport, status: &AgentStatus) -> String {
+pub(super) fn points(vm: &VmId, list: &str, report: &KeepReport, status: &AgentStatus) -> String {
     let of = if report.is_default {
         "the agent's policy"
     } else {
@@ -110,6 +124,17 @@ pub(super) fn points(list: &str, report: &KeepReport, status: &AgentStatus) -> S
         "{list}\n{} restore points; {of} {} keeps {}",
         report.points, report.policy, report.kept
     );
+    for held in status.vms.iter().filter(|held| held.vm == *vm) {
+        if let Some(at) = &held.hot_at {
+            let _ = write!(out, "\nits image is at {at}: a takeover here runs on it");
+        }
+        if let Some(why) = &held.cold {
+            let _ = write!(out, "\nit has no image to be taken over from: {why}");
+        }
+        if let Some(last) = &held.drill {
+            let _ = write!(out, "\n{}", drilled(last));
+        }
+    }
     for damaged in &status.damaged {
         let _ = write!(out, "\ndamaged, set aside: {damaged}");
     }
@@ -339,6 +364,7 @@ pub(super) fn status(agent: &AgentStatus, nodes: &[NodeRecord], vms: &[VmRecord]
             "AGE",
             "PROMISED",
             "SHIPPED BY",
+            "STANDBY",
         ]);
         for vm in &agent.vms {
             let newest = vm.newest.as_ref();
@@ -350,9 +376,18 @@ pub(super) fn status(agent: &AgentStatus, nodes: &[NodeRecord], vms: &[VmRecord]
                 newest.map_or(String::new(), |n| age(Duration::from_nanos(n.created_unix_ns))),
                 vm.promised.to_string(),
                 vm.shipping.clone().unwrap_or_else(|| "-".into()),
+                if vm.hot_at.is_some() { "hot" } else { "cold" }.into(),
             ]);
         }
         let _ = writeln!(out, "\n{}", trimmed(&t));
+        for vm in &agent.vms {
+            if let Some(why) = &vm.cold {
+                let _ = writeln!(out, "  {} is cold: {why}", vm.vm);
+            }
+            if let Some(last) = &vm.drill {
+                let _ = writeln!(out, "  {}: {}", vm.vm, drilled(last));
+            }
+        }
     }
     if let Some(problem) = &agent.registry_problem {
         let _ = writeln!(

@@ -299,7 +299,7 @@ fn standing(address: &str, record: &VmRecord, view: &OwnerViewReport) -> Standin
     let committed = record.newest.as_ref().map(|held| held.name.position());
     Standing {
         newest: view.newest.as_ref().map(|name| name.position()) >= committed,
-        hot: false,
+        hot: view.hot == Some(true),
         free: Reverse(0),
         name: Reverse(address.to_owned()),
     }
@@ -326,6 +326,7 @@ pub(super) fn view(inner: &Inner, vm: &VmId) -> OwnerViewReport {
         heard,
         newest: inner.store.newest_complete(vm).map(|entry| entry.name),
         executes: inner.roles.contains(&Role::Execute),
+        hot: Some(inner.hot.is_hot(vm)),
     }
 }
 

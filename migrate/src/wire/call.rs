@@ -495,4 +495,14 @@ pub struct VmStatus {
     /// The owner that ships now; absent when none is connected.
     #[n(5)]
     pub shipping: Option<String>,
+    /// The checkpoint that its image is at; absent when there is none.
+    #[cbor(n(6), with = "crate::wire::value", has_nil)]
+    #[serde(serialize_with = "super::text_or_null")]
+    pub hot_at: Option<SegmentName>,
+    /// Why there is no image that could be used, where there should be one.
+    #[n(7)]
+    pub cold: Option<String>,
+    /// How the last drill of it here went.
+    #[n(8)]
+    pub drill: Option<LastDrill>,
 }

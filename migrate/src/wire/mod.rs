@@ -195,6 +195,17 @@ pub(crate) fn text<T: std::fmt::Display, S: serde::Serializer>(v: &T, s: S) -> R
     s.collect_str(v)
 }
 
+/// For serde: from its text, or null.
+pub(crate) fn maybe_from_text<'de, T, D>(d: D) -> Result<Option<T>, D::Error>
+where
+    T: std::str::FromStr<Err: std::fmt::Display>,
+    D: serde::Deserializer<'de>,
+{
+    let text: Option<String> = serde::Deserialize::deserialize(d)?;
+    text.map(|text| text.parse().map_err(serde::de::Error::custom))
+        .transpose()
+}
+
 /// For serde: as its text, or null.
 pub(crate) fn text_or_null<T: std::fmt::Display, S: serde::Serializer>(
     v: &Option<T>,

@@ -54,6 +54,9 @@ pub struct OwnerViewReport {
     /// Whether that node could run the VM.
     #[n(3)]
     pub executes: bool,
+    /// Whether it has an image of it to run on.
+    #[n(4)]
+    pub hot: Option<bool>,
 }
 
 /// Which VM to run a copy of.
@@ -84,6 +87,31 @@ pub struct DrillReport {
     /// For how long it was seen to run, in milliseconds.
     #[n(3)]
     pub watched_ms: u64,
+}
+
+/// How the last drill of a VM at a node went.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize, serde::Deserialize)]
+#[cbor(map)]
+pub struct LastDrill {
+    /// When it ended, in milliseconds of Unix time by the node's clock.
+    #[n(0)]
+    pub at_unix_ms: u64,
+    /// From which checkpoint a copy ran; absent when none did.
+    #[cbor(n(1), with = "crate::wire::value", has_nil)]
+    #[serde(
+        serialize_with = "super::text_or_null",
+        deserialize_with = "super::maybe_from_text"
+    )]
+    pub segment: Option<SegmentName>,
+    /// How long until it ran, in microseconds.
+    #[n(2)]
+    pub recovery_us: Option<u64>,
+    /// How old its state was, in milliseconds.
+    #[n(3)]
+    pub age_ms: Option<u64>,
+    /// Why it failed, when it did.
+    #[n(4)]
+    pub failed: Option<String>,
 }
 
 /// Which VM to run.

@@ -139,6 +139,8 @@ pub fn config(dir: &Path, node: &str, registry: RegistryAddr) -> AgentConfig {
         budget: None,
         vmm: None,
         offers: Vec::new(),
+        hot: Default::default(),
+        drill_every: None,
         replace: false,
         run_dir: None,
         restore_timeout: None,

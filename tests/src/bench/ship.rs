@@ -38,6 +38,8 @@ pub(crate) async fn agent(lab: &Lab, data: &Path) -> Result<Agent> {
         budget: None,
         vmm: None,
         offers: Vec::new(),
+        hot: Default::default(),
+        drill_every: None,
         replace: false,
         run_dir: None,
         restore_timeout: None,

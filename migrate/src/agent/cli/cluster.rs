@@ -1,5 +1,6 @@
 //! Commands about the cluster: `explain`, `history`, `drill`, `drain`, `join`, `leave`.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use clap::Args;
@@ -7,9 +8,10 @@ use segment::VmId;
 use serde_json::json;
 
 use super::{Agency, CliError, connect, print, print_json};
+use crate::agent::drill::{DRILL_FAILED, DRILLED};
 use crate::agent::view;
 use crate::placement::{self, Placing, Policy, Verdict, Watched};
-use crate::registry::{NodeRecord, Registry, VmRecord};
+use crate::registry::{HistoryEntry, NodeRecord, Registry, VmRecord};
 use crate::wire::{Call, DrillCall, Reply};
 
 /// How long a copy may take to run, beside the time it is watched.
@@ -112,13 +114,48 @@ pub(super) struct Drill {
     /// For how long the copy has to be seen to run.
     #[arg(long, value_name = "TIME", default_value = "5s")]
     watch: humantime::Duration,
+    /// Run nothing: only tell how the last drill at each node went. Status 1 when one failed.
+    #[arg(long, conflicts_with = "watch")]
+    last: bool,
     /// As JSON.
     #[arg(long)]
     json: bool,
 }
 
 impl Drill {
+    /// `--last`.
+    async fn last(&self, agent: &Agency) -> Result<(), CliError> {
+        let history = registry(agent).await?.history(&self.vm).await?;
+        let mut newest: BTreeMap<String, HistoryEntry> = BTreeMap::new();
+        let drills = |entry: &HistoryEntry| entry.event == DRILLED || entry.event == DRILL_FAILED;
+        // Oldest first.
+        for entry in history.into_iter().filter(drills) {
+            newest.insert(entry.node.clone(), entry);
+        }
+        let newest: Vec<HistoryEntry> = newest.into_values().collect();
+        match self.json {
+            true => print_json(&newest)?,
+            false if newest.is_empty() => print(&format!(
+                "{} was not drilled yet: `standby drill {0}`, or `standby serve --drill-every 24h`",
+                self.vm
+            )),
+            false => print(&view::history(&self.vm, &newest)),
+        }
+        let failed = newest.iter().filter(|entry| entry.event == DRILL_FAILED);
+        let nodes: Vec<String> = failed.map(|entry| entry.node.clone()).collect();
+        if nodes.is_empty() {
+            return Ok(());
+        }
+        Err(CliError::DrillFailed {
+            vm: self.vm.clone(),
+            nodes: nodes.join(", "),
+        })
+    }
+
     pub(super) async fn run(self, agent: &Agency) -> Result<(), CliError> {
+        if self.last {
+            return self.last(agent).await;
+        }
         let watch: Duration = self.watch.into();
         let call = Call::Drill(DrillCall {
             vm: self.vm.clone(),

@@ -347,7 +347,10 @@ impl Model {
         }
         let owner = Owner::new(generation.0, from, record.holders.len());
         state.owners.push(owner);
-        Ok(Running { pid, socket: None })
+        Ok(Running {
+            pid,
+            ..Running::default()
+        })
     }
 }
 

@@ -446,7 +446,7 @@ impl World {
                 let agreed = change(self, set).and_then(|_| change(self, run));
                 let running = Running {
                     pid: process,
-                    socket: None,
+                    ..Running::default()
                 };
                 Some(PlanEvent::Started(
                     agreed.map(|_| running).map_err(|e| e.to_string()),
