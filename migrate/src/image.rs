@@ -505,7 +505,7 @@ fn walk(store: &Arc<FsStore>, at: &Held, tip: &Held) -> Result<Vec<(Held, Segmen
 
 /// Memory that cannot change its size.
 fn memory(bytes: u64) -> io::Result<File> {
-    let fd = memfd_create("guest-image", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    let fd = memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     ftruncate(&fd, bytes)?;
     // Who maps it relies on that.
     fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;

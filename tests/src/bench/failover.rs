@@ -8,9 +8,12 @@
 //! `running_ms` and the phases are what the agent reports. What lies between it and the median is the guest's own:
 //! before its first line churn checks a 64th of its memory, and each page it touches is a fault in the new host.
 //!
+//! From an image the same, with three holders that all keep one: nothing is loaded. There the VM goes to and fro between two.
+//!
 //! The same VM is taken over again and again. Each new owner takes one checkpoint of its own at once, so the chain has
 //! one link more each time.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
@@ -23,13 +26,16 @@ use vmm::replica::MachineTarget;
 use super::lab::{Lab, cores};
 use super::limits;
 use super::pages::{Bytes, FRAME_BYTES};
+use super::process::Process;
 use super::restore::LINKS;
 use super::row::Row;
 use super::stats::Samples;
-use crate::harness::{Cluster, Machine, run, run_json, wait_for};
+use crate::harness::{Binaries, Cluster, Machine, run, run_json, wait_for};
 
 const NAME: &str = "failover.cold.takeover_ms";
 const TARGET_MS: f64 = 1_200.0;
+const HOT: &str = "failover.hot.takeover_ms";
+const HOT_TARGET_MS: f64 = 20.0;
 const VM: &str = "failover";
 /// How long the guest may be silent after it runs.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -39,30 +45,15 @@ const HEARTBEAT_MS: u64 = 10;
 /// Page writes a second.
 const WRITES: u64 = 2_000;
 
-pub(crate) fn measure(lab: &Lab) -> Result<Vec<Row>> {
+pub(crate) fn cold(lab: &Lab) -> Result<Vec<Row>> {
     let memory_mib: u64 = if lab.quick() { 256 } else { 1024 };
     let folder = lab.temporary("failover-")?;
     let mut cluster = Cluster::new(folder.path(), false)?;
     let agent = cluster.start_agent("holder", &[])?;
-    let mut machine = protected(lab, &mut cluster, memory_mib)?;
-
-    let (mut times, mut phases) = (Samples::default(), Phases::default());
-    for _ in 0..lab.samples(5, 2) {
-        wait_committed(&cluster, &machine)?;
-        machine.kill()?;
-        let (report, time) = take_over(&cluster, agent)?;
-        times.push_ms(time);
-        machine = successor(&cluster, agent, &report)?;
-        if let Err(error) = goes_well(&machine) {
-            // It must not outlive this.
-            cluster.own(machine);
-            return Err(error);
-        }
-        phases.add(&report);
-    }
-    machine.kill()?;
+    let machine = protected(lab, &mut cluster, memory_mib)?;
+    let (times, phases) = again_and_again(lab, &mut cluster, machine, |_, _| Ok(agent))?;
     let (limit_ms, loaded) = limit(&cluster, agent, memory_mib)?;
-    let mut row = Row::new(NAME, "ms", &times)?
+    let row = Row::new(NAME, "ms", &times)?
         .limit(
             limit_ms,
             "the slower of zstd decompression and populating, each on all cores, of as many bytes",
@@ -71,10 +62,77 @@ pub(crate) fn measure(lab: &Lab) -> Result<Vec<Row>> {
         .param("memory_mib", memory_mib)
         .param("links", LINKS)
         .param("loaded_mib", loaded >> 20);
-    for (phase, samples) in phases.0 {
-        row = row.seen(&format!("{phase}_ms"), samples.median());
+    Ok(vec![phases.seen(row)])
+}
+
+pub(crate) fn hot(lab: &Lab) -> Result<Vec<Row>> {
+    let memory_mib: u64 = if lab.quick() { 256 } else { 1024 };
+    let folder = lab.temporary("failover-")?;
+    let mut cluster = Cluster::new(folder.path(), false)?;
+    for name in ["first", "second", "third"] {
+        cluster.start_agent(name, &["--hot", "all"])?;
     }
-    Ok(vec![row])
+    let machine = protected(lab, &mut cluster, memory_mib)?;
+    // From one to the next: a host that runs it has no image of it.
+    let next = |cluster: &Cluster, round: usize| {
+        let agent = 1 + round % 2;
+        wait_hot(cluster, agent)?;
+        Ok(agent)
+    };
+    let (times, phases) = again_and_again(lab, &mut cluster, machine, next)?;
+    let mut limit = Samples::default();
+    let binaries = Binaries::find()?;
+    for _ in 0..lab.samples(10, 2) {
+        let (_process, time) = Process::start(Command::new(&binaries.vmm).arg("--version"))?;
+        limit.push_ms(time);
+    }
+    let row = Row::new(HOT, "ms", &times)?
+        .limit(
+            limit.median(),
+            "the first byte of `vmm --version`: a process that makes no VM",
+        )
+        .at_most(HOT_TARGET_MS)
+        .param("memory_mib", memory_mib)
+        .param("holders", 3);
+    Ok(vec![phases.seen(row)])
+}
+
+/// Takes the VM over again and again, at the agent that `choose` says when the newest checkpoint is committed.
+fn again_and_again(
+    lab: &Lab,
+    cluster: &mut Cluster,
+    mut machine: Machine,
+    choose: impl Fn(&Cluster, usize) -> Result<usize>,
+) -> Result<(Samples, Phases)> {
+    let (mut times, mut phases) = (Samples::default(), Phases::default());
+    for round in 0..lab.samples(5, 2) {
+        wait_committed(cluster, &machine)?;
+        let agent = choose(cluster, round)?;
+        machine.kill()?;
+        let (report, time) = take_over(cluster, agent)?;
+        times.push_ms(time);
+        machine = successor(cluster, agent, &report)?;
+        if let Err(error) = goes_well(&machine) {
+            // It must not outlive this.
+            cluster.own(machine);
+            return Err(error);
+        }
+        phases.add(&report);
+    }
+    machine.kill()?;
+    Ok((times, phases))
+}
+
+/// Waits until the agent's image of the VM is at its newest checkpoint.
+fn wait_hot(cluster: &Cluster, agent: usize) -> Result<()> {
+    wait_for("the image to be at the newest checkpoint", || {
+        let status = run_json(cluster.standby(agent).args(["status", "--json"]))?;
+        let vms = status["agent"]["vms"].as_array().into_iter().flatten();
+        let mut images = vms.filter(|held| held["vm"] == VM && held["hot_at"].is_string());
+        Ok(images
+            .any(|held| held["hot_at"] == held["newest"]["name"])
+            .then_some(()))
+    })
 }
 
 /// The phases that `standby promote` reports.
@@ -82,6 +140,13 @@ pub(crate) fn measure(lab: &Lab) -> Result<Vec<Row>> {
 struct Phases(Vec<(String, Samples)>);
 
 impl Phases {
+    fn seen(self, mut row: Row) -> Row {
+        for (phase, samples) in self.0 {
+            row = row.seen(&format!("{phase}_ms"), samples.median());
+        }
+        row
+    }
+
     fn add(&mut self, report: &Value) {
         let total = report["promote_to_running_ms"].as_f64();
         let phases = report["phases"].as_object().into_iter().flatten();
@@ -101,7 +166,8 @@ impl Phases {
 
 /// A guest whose memory is filled, with a chain of [`LINKS`] at the holder.
 fn protected(lab: &Lab, cluster: &mut Cluster, memory_mib: u64) -> Result<Machine> {
-    let holder = cluster.agents.first().context("no agent")?.address.clone();
+    let holders: Vec<_> = cluster.agents.iter().map(|agent| agent.address.clone()).collect();
+    let holders = holders.join(",");
     let (memory, work) = (
         format!("{memory_mib}M"),
         format!(
@@ -113,7 +179,7 @@ fn protected(lab: &Lab, cluster: &mut Cluster, memory_mib: u64) -> Result<Machin
         "  vmm run --memory {memory} --cmdline \"{work}\": filling its memory"
     ));
     // Checkpoints only when asked for.
-    let more = ["--memory", &memory, "--protect-to", &holder, "--every", "1h"];
+    let more = ["--memory", &memory, "--protect-to", &holders, "--every", "1h"];
     let machine = cluster.launch(VM, "churn", &work, &more)?;
     wait_for("the guest to fill its memory", || {
         Ok(machine.console()?.contains("churn filled").then_some(()))

@@ -14,6 +14,7 @@ mod capture;
 mod encode;
 mod failover;
 mod guest;
+mod hot;
 mod lab;
 mod limits;
 mod overhead;
@@ -105,9 +106,19 @@ static BENCHES: &[Bench] = &[
         measure: restore::measure,
     },
     Bench {
+        rows: &["restore.hot.ready_ms"],
+        about: "`vmm restore --image` to the guest's first output, from an image of 128 MiB and of 2 GiB",
+        measure: hot::ready,
+    },
+    Bench {
+        rows: &["failover.hot.takeover_ms"],
+        about: "`standby promote` to the guest's first output, from an image, with three holders",
+        measure: failover::hot,
+    },
+    Bench {
         rows: &["failover.cold.takeover_ms"],
         about: "`standby promote` to the guest's first output, from a chain of 10",
-        measure: failover::measure,
+        measure: failover::cold,
     },
     Bench {
         rows: &["store.put_ms"],

@@ -36,9 +36,14 @@ impl Drop for Process {
 impl Process {
     /// Starts a command, and waits for the first byte of its output.
     pub(super) fn start(command: &mut Command) -> Result<(Self, Duration)> {
+        Self::start_with(command, Stdio::null())
+    }
+
+    /// The same with this as its standard input.
+    pub(super) fn start_with(command: &mut Command, input: Stdio) -> Result<(Self, Duration)> {
         let start = Instant::now();
         let child = command
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn();
