@@ -45,12 +45,17 @@ pub trait PageReader: Send + Sync {
     fn read(&self, pages: &[PageIndex], to: &mut [u8]) -> io::Result<()>;
 }
 
+/// The longest page, zero.
+static ZEROS: [u8; segment::limits::MAX_PAGE_BYTES as usize] = [0; segment::limits::MAX_PAGE_BYTES as usize];
+
 /// Bytes of pages, in whatever holds them: a reused buffer goes back to its pool when this is dropped.
 pub struct PageBytes(Held);
 
 enum Held {
     Packed(Box<dyn AsRef<[u8]> + Send + Sync>),
     Sparse(Box<dyn AsRef<[u8]> + Send + Sync>),
+    /// And where each page's are, in pages; none: it is zero.
+    Placed(Box<dyn AsRef<[u8]> + Send + Sync>, Vec<Option<u32>>),
     Deferred(Box<dyn PageReader>),
 }
 
@@ -66,6 +71,12 @@ impl PageBytes {
         Self(Held::Sparse(Box::new(bytes)))
     }
 
+    /// Wraps what holds some of the captured pages back to back: `places` says of each captured page which of those it
+    /// is, and the others are zero.
+    pub fn placed(bytes: impl AsRef<[u8]> + Send + Sync + 'static, places: Vec<Option<u32>>) -> Self {
+        Self(Held::Placed(Box::new(bytes), places))
+    }
+
     /// Wraps what reads the captured pages when they are encoded.
     pub fn deferred(reader: impl PageReader + 'static) -> Self {
         Self(Held::Deferred(Box::new(reader)))
@@ -77,12 +88,26 @@ impl PageBytes {
         matches!(self.0, Held::Sparse(_))
     }
 
+    /// How many pages the bytes are of, of `captured` ones in a space of `space`; `None` when the places are not theirs.
+    pub(crate) fn held(&self, captured: usize, space: u64) -> Option<usize> {
+        match &self.0 {
+            Held::Packed(_) => Some(captured),
+            Held::Sparse(_) => usize::try_from(space).ok(),
+            Held::Placed(_, places) => {
+                let there = places.iter().flatten().copied();
+                let in_order = there.clone().eq(0..u32::try_from(there.clone().count()).ok()?);
+                (places.len() == captured && in_order).then(|| there.count())
+            }
+            Held::Deferred(_) => Some(0),
+        }
+    }
+
     /// What reads the pages, when they are not here.
     #[must_use]
     pub fn reader(&self) -> Option<&dyn PageReader> {
         match &self.0 {
             Held::Deferred(reader) => Some(&**reader),
-            Held::Packed(_) | Held::Sparse(_) => None,
+            Held::Packed(_) | Held::Sparse(_) | Held::Placed(..) => None,
         }
     }
 }
@@ -91,7 +116,7 @@ impl AsRef<[u8]> for PageBytes {
     /// The bytes that are here: none of [deferred](Self::deferred) pages.
     fn as_ref(&self) -> &[u8] {
         match &self.0 {
-            Held::Packed(bytes) | Held::Sparse(bytes) => (**bytes).as_ref(),
+            Held::Packed(bytes) | Held::Sparse(bytes) | Held::Placed(bytes, _) => (**bytes).as_ref(),
             Held::Deferred(_) => &[],
         }
     }
@@ -129,11 +154,14 @@ impl CapturedPages {
             return None;
         }
         let page_bytes = self.space.page_bytes as usize;
-        let place = if self.data.is_sparse() {
+        let place = match &self.data.0 {
             // The whole space is in memory, so its page numbers are sizes.
-            self.pages[at].0 as usize
-        } else {
-            at
+            Held::Sparse(_) => self.pages[at].0 as usize,
+            Held::Placed(_, places) => match places[at] {
+                Some(place) => place as usize,
+                None => return Some(&ZEROS[..page_bytes]),
+            },
+            Held::Packed(_) | Held::Deferred(_) => at,
         };
         Some(&self.data.as_ref()[place * page_bytes..][..page_bytes])
     }

@@ -19,6 +19,7 @@ use crate::devices::i8042::I8042;
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::Transport;
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::disk::Disk;
 use crate::layout::{
     RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_S5, SLEEP_STATUS_PORT, VIRTIO_MMIO_BYTES, VirtioSlot,
@@ -52,6 +53,8 @@ pub struct Attached {
     pub device: Arc<Transport>,
     /// The disk behind it, when it is one: its content is an address space.
     pub disk: Option<Arc<Disk>>,
+    /// The balloon, when it is one.
+    pub balloon: Option<Balloon>,
 }
 
 /// Two devices in one place.

@@ -24,7 +24,7 @@ use crate::vm::{MAX_VCPUS, MachineConfig};
 
 mod devices;
 
-pub use devices::{DriveConfig, EntropyConfig, NetworkConfig, VsockConfig};
+pub use devices::{BalloonConfig, DriveConfig, EntropyConfig, NetworkConfig, VsockConfig};
 
 /// The longest configuration file that is read.
 pub const MAX_CONFIG_BYTES: u64 = 1 << 20;
@@ -388,10 +388,9 @@ pub struct VmConfig {
     /// A source of entropy.
     #[serde(default)]
     pub entropy: Option<EntropyConfig>,
-    /// Only null.
+    /// A balloon: memory that the guest gives back.
     #[serde(default)]
-    #[schema(value_type = Option<Object>)]
-    pub balloon: Option<Value>,
+    pub balloon: Option<BalloonConfig>,
     /// Only null.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
@@ -447,7 +446,6 @@ impl VmConfig {
         let used = |value: &Option<Value>| value.is_some();
         for (field, used) in [
             ("pmem", !self.pmem.is_empty()),
-            ("balloon", used(&self.balloon)),
             ("mmds-config", used(&self.mmds_config)),
             ("cpu-config", used(&self.cpu_config)),
             ("memory-hotplug", used(&self.memory_hotplug)),
@@ -470,16 +468,26 @@ impl VmConfig {
         self.machine_config.validate()
     }
 
-    /// Its devices, in the order of their slots: disks, the root one first, then cards, then entropy, then vsock.
+    /// Its devices, in the order of their slots: disks, the root one first, then cards, then entropy, vsock, balloon.
     ///
     /// # Errors
     /// [`ConfigError`] naming the first field that cannot be.
     pub fn devices(&self) -> Result<Vec<DeviceConfig>, ConfigError> {
+        if let Some(balloon) = &self.balloon
+            && u64::from(balloon.amount_mib) > self.machine_config.mem_size_mib
+        {
+            let why = format!(
+                "{} MiB, and the guest has {}",
+                balloon.amount_mib, self.machine_config.mem_size_mib
+            );
+            return Err(invalid("balloon.amount_mib", why));
+        }
         devices::devices(
             &self.drives,
             &self.network_interfaces,
             self.entropy.as_ref(),
             self.vsock.as_ref(),
+            self.balloon.as_ref(),
         )
     }
 
@@ -576,7 +584,11 @@ mod tests {
             ),
             (r#"{"vsock": {"uds_path": "v"}}"#, "guest_cid"),
             (r#"{"entropy": {"rate_limiter": {}}}"#, "rate_limiter"),
-            (r#"{"balloon": {"amount_mib": 1}}"#, "balloon"),
+            (r#"{"balloon": {"amount_mib": 129}}"#, "balloon.amount_mib"),
+            (
+                r#"{"balloon": {"amount_mib": 1, "free_page_hinting": true}}"#,
+                "free_page_hinting",
+            ),
             (r#"{"mmds-config": {"network_interfaces": []}}"#, "mmds-config"),
             (
                 r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 64, "smt": true}}"#,

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{oneshot, watch};
 
 use crate::bus::Bus;
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::disk::DiskCapture;
 use crate::leash::Leash;
 use crate::memory::{GuestRam, PAGE_BYTES};
@@ -118,6 +119,8 @@ pub struct Stopped {
     pub pages: Vec<u64>,
     /// Their bytes, back to back.
     pub bytes: Vec<u8>,
+    /// Beside those, pages that changed and are zero now: their memory was given back. Ascending.
+    pub zeros: Vec<u64>,
     /// Captures of its disks at the same instant, in the order of their slots.
     pub disks: Vec<DiskCapture>,
     /// When the guest was stopped, in nanoseconds since 1970.
@@ -167,6 +170,7 @@ pub struct VmHandle {
     ram: Arc<GuestRam>,
     bus: Arc<Bus>,
     outbox: Outbox,
+    balloon: Option<Balloon>,
     /// How often the guest was restarted in this process.
     restarts: Arc<AtomicU64>,
     /// The vCPU threads hold a way to the owner too, so its inbox never closes by itself: the last handle to go ends
@@ -215,6 +219,7 @@ impl VmHandle {
             ram: Arc::clone(vm.ram()),
             bus: Arc::clone(vm.bus()),
             outbox: outbox.clone(),
+            balloon: vm.attached().iter().find_map(|device| device.balloon.clone()),
             restarts: Arc::clone(&restarts),
         };
         std::thread::Builder::new()
@@ -254,6 +259,12 @@ impl VmHandle {
     #[must_use]
     pub fn outbox(&self) -> &Outbox {
         &self.outbox
+    }
+
+    /// Its balloon, if it has one.
+    #[must_use]
+    pub fn balloon(&self) -> Option<&Balloon> {
+        self.balloon.as_ref()
     }
 
     /// Types into its console; returns how many bytes the serial port took.
@@ -396,7 +407,7 @@ impl Owner {
                     let result = self.stop_and_copy(buffers, whole_disks);
                     if let Err(Ok(lost)) = reply.send(result) {
                         // The asker is gone: its sets are not forgotten.
-                        self.put_back(lost.pages.into_iter());
+                        self.put_back(lost.pages.into_iter().chain(lost.zeros));
                         lost.disks.iter().for_each(DiskCapture::put_back);
                     }
                 }
@@ -533,11 +544,17 @@ impl Owner {
             self.become_state(RunState::Paused);
         }
         let stopped = start.elapsed();
-        let (state, pages, bytes, disks) = result?;
+        let Capture {
+            state,
+            buffers,
+            zeros,
+            disks,
+        } = result?;
         Ok(Stopped {
             state,
-            pages,
-            bytes,
+            pages: buffers.pages,
+            bytes: buffers.bytes,
+            zeros,
             disks,
             unix_ns,
             stopped,
@@ -602,7 +619,13 @@ fn answer<T>(reply: Reply<T>, result: Result<T, ControlError>) {
     let _ = reply.send(result);
 }
 
-type Capture = (MachineState, Vec<u64>, Vec<u8>, Vec<DiskCapture>);
+/// What is taken while a machine stands still.
+struct Capture {
+    state: MachineState,
+    buffers: Buffers,
+    zeros: Vec<u64>,
+    disks: Vec<DiskCapture>,
+}
 
 /// Stops a machine; when a device cannot be stopped, the guest goes on as it was.
 fn pause_or_go_on(vm: &mut Vm) -> Result<crate::vm::Paused<'_>, VmError> {
@@ -627,13 +650,19 @@ fn capture(
     // Trap 12: after the state was saved: saving devices writes guest memory.
     let pages = &mut buffers.pages;
     pages.clear();
-    vm.take_dirty(|page| pages.push(page))?;
+    // A page whose memory was given back is not read, which would fill it again: it is zero.
+    let ram = Arc::clone(vm.ram());
+    let (mut holes, mut zeros) = (ram.holes(), Vec::new());
+    vm.take_dirty(|page| match holes.has(page) {
+        true => zeros.push(page),
+        false => pages.push(page),
+    })?;
     let length = pages.len() * PAGE_BYTES;
     if let Err(error) = buffers
         .bytes
         .try_reserve(length.saturating_sub(buffers.bytes.len()))
     {
-        vm.put_back(buffers.pages.into_iter());
+        vm.put_back(buffers.pages.into_iter().chain(zeros));
         return Err(ControlError::Memory(format!(
             "no memory for {length} bytes of changed pages: {error}"
         )));
@@ -654,10 +683,15 @@ fn capture(
             Ok(capture) => disks.push(capture),
             Err(why) => {
                 disks.iter().for_each(DiskCapture::put_back);
-                vm.put_back(buffers.pages.into_iter());
+                vm.put_back(buffers.pages.into_iter().chain(zeros));
                 return Err(ControlError::Memory(why));
             }
         }
     }
-    Ok((state, buffers.pages, buffers.bytes, disks))
+    Ok(Capture {
+        state,
+        buffers,
+        zeros,
+        disks,
+    })
 }

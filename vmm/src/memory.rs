@@ -27,6 +27,10 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+mod discard;
+
+pub use discard::Holes;
+
 /// Bytes in a page of address space 0.
 pub const PAGE_BYTES: usize = 4096;
 /// The least memory a guest can be given: the boot structures and a small kernel need about this much.
@@ -151,6 +155,8 @@ pub struct GuestRam {
     mapping: Mapping,
     file: File,
     slots: Vec<Slot>,
+    /// Pages that were made holes, perhaps filled again since.
+    discarded: discard::Discarded,
 }
 
 impl GuestRam {
@@ -253,6 +259,7 @@ impl GuestRam {
             mapping,
             file,
             slots,
+            discarded: discard::Discarded::new(bytes / PAGE_BYTES as u64),
         })
     }
 

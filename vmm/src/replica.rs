@@ -26,6 +26,7 @@ pub const MEMORY_SPACE: &str = "memory";
 const SMALL_ROUND: usize = 256;
 /// A guest that writes faster than it can be copied ends the rounds too.
 const MAX_ROUNDS: usize = 8;
+const ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
 /// Address space 0 of a guest with this RAM.
 #[must_use]
@@ -107,7 +108,7 @@ impl VmSource {
         // Before the dirty set is taken: nothing after that may fail.
         let checkpoint = new_checkpoint_id()?;
         let stopped = self.vm.stop_and_copy(self.buffers(), false)?;
-        let pages: Vec<PageIndex> = stopped.pages.iter().copied().map(PageIndex).collect();
+        let (pages, places) = with_zeros(&stopped.pages, &stopped.zeros);
         let data = Lent {
             buffers: Buffers {
                 pages: stopped.pages,
@@ -118,7 +119,10 @@ impl VmSource {
         let memory = CapturedPages {
             space: memory_space(self.vm.ram()),
             pages,
-            data: PageBytes::new(data),
+            data: match places {
+                Some(places) => PageBytes::placed(data, places),
+                None => PageBytes::new(data),
+            },
         };
         Ok(Captured {
             checkpoint,
@@ -158,8 +162,12 @@ impl VmSource {
         let mut last = usize::MAX;
         for _ in 0..MAX_ROUNDS {
             let dirty = vm.take_dirty()?;
+            let mut holes = ram.holes();
             for &page in &dirty {
-                shadow.copy(&ram, page..page + 1);
+                match holes.has(page) {
+                    true => shadow.write(page, &ZERO_PAGE),
+                    false => shadow.copy(&ram, page..page + 1),
+                }
                 pages.insert(page);
             }
             if dirty.len() < SMALL_ROUND || dirty.len() >= last {
@@ -170,6 +178,10 @@ impl VmSource {
         let stopped = vm.stop_and_copy(self.buffers(), true)?;
         for (&page, bytes) in stopped.pages.iter().zip(stopped.bytes.chunks_exact(PAGE_BYTES)) {
             shadow.write(page, bytes);
+            pages.insert(page);
+        }
+        for &page in &stopped.zeros {
+            shadow.write(page, &ZERO_PAGE);
             pages.insert(page);
         }
         // From here on the capture carries the set, and `put_back` returns it.
@@ -192,6 +204,20 @@ impl VmSource {
             stopped: stopped.stopped,
         })
     }
+}
+
+/// Pages with bytes and pages that are zero, as one ascending list; and where the bytes of each are among those that
+/// are there, when there is a zero one.
+fn with_zeros(pages: &[u64], zeros: &[u64]) -> (Vec<PageIndex>, Option<Vec<Option<u32>>>) {
+    if zeros.is_empty() {
+        return (pages.iter().copied().map(PageIndex).collect(), None);
+    }
+    // A guest has at most 2^28 pages.
+    let there = pages.iter().zip(0u32..).map(|(&page, at)| (page, Some(at)));
+    let mut all: Vec<_> = there.chain(zeros.iter().map(|&page| (page, None))).collect();
+    all.sort_unstable_by_key(|(page, _)| *page);
+    let (pages, places) = all.into_iter().map(|(page, at)| (PageIndex(page), at)).unzip();
+    (pages, Some(places))
 }
 
 /// Rule 4 for a full capture that fails on the way: every page counts as changed again.

@@ -349,14 +349,10 @@ fn batches<'a>(captured: &'a Captured, manifest: &Manifest) -> Result<Vec<Batch<
     for space in &captured.spaces {
         let page_bytes = space.space.page_bytes;
         let (pages, bytes) = (space.pages.len(), space.data.as_ref().len());
-        let held = if space.data.is_sparse() {
-            usize::try_from(space.space.pages).unwrap_or(usize::MAX)
-        } else {
-            pages
-        };
-        if space.data.reader().is_none() && held.checked_mul(page_bytes as usize) != Some(bytes) {
+        let held = space.data.held(pages, space.space.pages);
+        if held.and_then(|held| held.checked_mul(page_bytes as usize)) != Some(bytes) {
             return Err(format!(
-                "space {} has {bytes} bytes for {held} pages of {page_bytes}",
+                "space {} has {bytes} bytes for {pages} pages of {page_bytes}",
                 space.space.id
             ));
         }

@@ -4,7 +4,7 @@ use axum::Json;
 use utoipa::OpenApi;
 
 use super::fault::FaultMessage;
-use super::resources::{console, devices, machine, replication, snapshot};
+use super::resources::{balloon, console, devices, machine, replication, snapshot};
 
 /// The document.
 #[derive(Debug, OpenApi)]
@@ -18,7 +18,8 @@ use super::resources::{console, devices, machine, replication, snapshot};
         machine::info, machine::version, machine::config, machine::machine, machine::put_machine,
         machine::patch_machine, machine::put_boot_source, machine::act, machine::patch_vm, machine::put_logger,
         machine::put_metrics, devices::put_drive, devices::put_network, devices::put_entropy,
-        devices::put_vsock,
+        devices::put_vsock, balloon::put, balloon::get, balloon::patch, balloon::statistics,
+        balloon::patch_statistics,
         snapshot::create, snapshot::load, replication::status, replication::checkpoints,
         replication::take_checkpoint, replication::protection, replication::put_protection,
         replication::delete_protection, replication::stop, console::read, console::write, answer

@@ -8,7 +8,7 @@ use axum::routing::{MethodRouter, delete, get, patch, post, put};
 
 use super::fault::Fault;
 use super::instance::Instance;
-use super::resources::{console, devices, machine, replication, snapshot};
+use super::resources::{balloon, console, devices, machine, replication, snapshot};
 
 /// Verb, path, and what answers.
 type Route = (Method, &'static str, MethodRouter<Arc<Instance>>);
@@ -31,6 +31,15 @@ fn table() -> Vec<Route> {
         ),
         (Method::PUT, "/entropy", put(devices::put_entropy)),
         (Method::PUT, "/vsock", put(devices::put_vsock)),
+        (Method::PUT, "/balloon", put(balloon::put)),
+        (Method::GET, "/balloon", get(balloon::get)),
+        (Method::PATCH, "/balloon", patch(balloon::patch)),
+        (Method::GET, "/balloon/statistics", get(balloon::statistics)),
+        (
+            Method::PATCH,
+            "/balloon/statistics",
+            patch(balloon::patch_statistics),
+        ),
         (Method::PUT, "/actions", put(machine::act)),
         (Method::PATCH, "/vm", patch(machine::patch_vm)),
         (Method::PUT, "/logger", put(machine::put_logger)),

@@ -7,9 +7,10 @@ use clap::Args;
 
 use super::options::RunDir;
 use super::rundir::{Found, Place};
-use super::{CliError, Outcome, print, print_json, size};
+use super::{CliError, Outcome, devices, print, print_json, size};
 use crate::api::Client;
 use crate::api::client::{ClientError, DEFAULT_DEADLINE};
+use crate::api::resources::balloon::{BalloonStats, BalloonUpdate};
 use crate::api::resources::machine::{Action, ActionType, InstanceInfo, VmState, VmStateChange};
 use crate::api::resources::replication::{DEFAULT_DRAIN_MS, Stop as StopRequest, TakeCheckpoint};
 use crate::session::{CheckpointReport, StopReport};
@@ -232,6 +233,41 @@ impl Checkpoint {
             size::show_bytes(report.raw_bytes),
             size::show_bytes(report.stored_bytes),
             humantime::format_duration(Duration::from_micros(report.stop_us)),
+        );
+        print(text.as_bytes())
+    }
+}
+
+/// Shows how much memory a VM's guest has given back, or asks it to give so much
+#[derive(Debug, Args)]
+pub(super) struct Balloon {
+    #[command(flatten)]
+    target: Target,
+    /// What it is to give, like 256M; 0M lets it have all of its memory again
+    #[arg(value_name = "SIZE", value_parser = devices::balloon_mib)]
+    size: Option<u32>,
+    /// Print all that is known, as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Balloon {
+    pub(super) async fn run(self) -> Result<Outcome, CliError> {
+        let client = self.target.client()?;
+        if let Some(amount_mib) = self.size {
+            client.patch("/balloon", &BalloonUpdate { amount_mib }).await?;
+        }
+        let stats: BalloonStats = client.get("/balloon/statistics").await?;
+        if self.json {
+            return print_json(&stats);
+        }
+        let mib = |bytes: Option<u64>| bytes.map_or("?".to_owned(), |bytes| (bytes >> 20).to_string());
+        let text = format!(
+            "given back {} MiB of {} MiB asked for; of its {} MiB {} MiB are free\n",
+            stats.actual_mib,
+            stats.target_mib,
+            mib(stats.total_memory),
+            mib(stats.free_memory)
         );
         print(text.as_bytes())
     }

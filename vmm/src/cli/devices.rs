@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::config::{DriveConfig, NetworkConfig, VsockConfig};
+use super::size;
+use crate::config::{BalloonConfig, DriveConfig, NetworkConfig, VsockConfig};
 
 fn named(text: &str) -> Result<(&str, &str), String> {
     match text.split_once('=') {
@@ -62,6 +63,23 @@ pub(super) fn vsock(text: &str) -> Result<VsockConfig, String> {
         uds_path: path,
         vsock_id: None,
     })
+}
+
+/// A size in MiB. The guest's numbers are asked for: `vmm balloon` shows them.
+pub(super) fn balloon(text: &str) -> Result<BalloonConfig, String> {
+    Ok(BalloonConfig {
+        stats_polling_interval_s: 1,
+        deflate_on_oom: true,
+        ..BalloonConfig::sized(balloon_mib(text)?)
+    })
+}
+
+/// A balloon's size in MiB, which may be none.
+pub(super) fn balloon_mib(text: &str) -> Result<u32, String> {
+    match text.trim_end_matches(|c: char| c.is_ascii_alphabetic()) {
+        "0" => Ok(0),
+        _ => u32::try_from(size::mib(text)?).map_err(|_| format!("{text} is more than any guest has")),
+    }
 }
 
 /// `disk:NAME=FILE`, `net:NAME=TAP` or `vsock:0=PATH`.

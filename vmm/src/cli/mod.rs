@@ -79,6 +79,7 @@ enum Command {
     Stop(control::Stop),
     /// Take a checkpoint of a VM
     Checkpoint(control::Checkpoint),
+    Balloon(control::Balloon),
     /// Attach to a VM's console
     Console(attach::Console),
     /// Show all that is known of a VM or of a segment file
@@ -199,6 +200,7 @@ impl Command {
             Self::Resume(resume) => on_runtime(resume.run()),
             Self::Stop(stop) => on_runtime(stop.run()),
             Self::Checkpoint(checkpoint) => on_runtime(checkpoint.run()),
+            Self::Balloon(balloon) => on_runtime(balloon.run()),
             Self::Console(console) => on_runtime(console.run()),
             Self::Inspect(inspect) => on_runtime(inspect.run()),
             Self::Openapi => print_json(&crate::api::openapi::document()),

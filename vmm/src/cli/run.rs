@@ -10,7 +10,7 @@ use super::logging::Log;
 use super::options::{Keeping, Manner, RunDir, absolute};
 use super::{CliError, Outcome, devices, on_runtime, rundir, size};
 use crate::api::instance::{Identity, Origin};
-use crate::config::{BootSourceConfig, DriveConfig, NetworkConfig, VmConfig, VsockConfig};
+use crate::config::{BalloonConfig, BootSourceConfig, DriveConfig, NetworkConfig, VmConfig, VsockConfig};
 use crate::cpuid::baseline::CpuModel;
 
 /// Runs a new VM. In the foreground its console is on standard input and output: on a terminal, Ctrl-A x ends the
@@ -59,6 +59,10 @@ pub(super) struct Run {
     /// [default PATH: RUN_DIR/NAME/vsock]
     #[arg(long, value_name = "CID[=PATH]", value_parser = devices::vsock)]
     vsock: Option<VsockConfig>,
+    /// A balloon, by which the guest gives back memory it has no use for, and as much as SIZE from the start on (`vmm
+    /// balloon` changes it)
+    #[arg(long, value_name = "SIZE", value_parser = devices::balloon, num_args = 0..=1, default_missing_value = "0M")]
+    balloon: Option<BalloonConfig>,
     /// Configuration in the JSON of Firecracker's file; options given here go before it
     #[arg(long, alias = "config-file", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -189,6 +193,7 @@ impl Run {
             config.entropy.get_or_insert_default();
         }
         config.vsock = self.vsock.clone().or(config.vsock);
+        config.balloon = self.balloon.clone().or(config.balloon);
         self.keeping.apply(&mut config)?;
         config.validate()?;
         Ok(config)

@@ -7,8 +7,10 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::{ConfigError, invalid};
+use crate::devices::virtio::balloon::BalloonOptions;
 use crate::devices::virtio::net::Mac;
 use crate::devices::virtio::setup::DeviceConfig;
+use crate::devices::virtio::state::BalloonState;
 use crate::devices::virtio::vsock;
 use crate::layout::MAX_VIRTIO_SLOTS;
 
@@ -115,6 +117,70 @@ impl VsockConfig {
             // Where it is left out, who hosts the VM has put one in before it is made.
             path: self.uds_path.clone().unwrap_or_default(),
         })
+    }
+}
+
+/// A balloon: memory that the guest gives back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonConfig {
+    /// MiB that the guest is to give.
+    pub amount_mib: u32,
+    /// The guest may take memory back when it has too little.
+    #[serde(default)]
+    pub deflate_on_oom: bool,
+    /// Seconds from one set of the guest's numbers to the next; 0: they are never asked for.
+    #[serde(default)]
+    pub stats_polling_interval_s: u16,
+    /// The guest reports memory that it has no use for; true when left out.
+    #[serde(default = "yes")]
+    pub free_page_reporting: bool,
+    /// Only `false`.
+    #[serde(default)]
+    pub free_page_hinting: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl BalloonConfig {
+    /// One of that size, with nothing else said.
+    #[must_use]
+    pub fn sized(amount_mib: u32) -> Self {
+        Self {
+            amount_mib,
+            deflate_on_oom: false,
+            stats_polling_interval_s: 0,
+            free_page_reporting: true,
+            free_page_hinting: false,
+        }
+    }
+
+    /// That of a balloon there is.
+    #[must_use]
+    pub fn of(state: &BalloonState) -> Self {
+        Self {
+            amount_mib: BalloonState::mib(state.target_pages),
+            deflate_on_oom: state.deflate_on_oom,
+            stats_polling_interval_s: state.stats_interval_s,
+            free_page_reporting: state.reporting,
+            free_page_hinting: false,
+        }
+    }
+
+    /// As the monitor takes it.
+    ///
+    /// # Errors
+    /// [`ConfigError`] naming the field.
+    pub fn device(&self) -> Result<DeviceConfig, ConfigError> {
+        unsupported("balloon.free_page_hinting", self.free_page_hinting)?;
+        Ok(DeviceConfig::Balloon(BalloonOptions {
+            amount_mib: self.amount_mib,
+            deflate_on_oom: self.deflate_on_oom,
+            stats_interval_s: self.stats_polling_interval_s,
+            reporting: self.free_page_reporting,
+        }))
     }
 }
 
@@ -230,6 +296,7 @@ pub(super) fn devices(
     cards: &[NetworkConfig],
     entropy: Option<&EntropyConfig>,
     vsock: Option<&VsockConfig>,
+    balloon: Option<&BalloonConfig>,
 ) -> Result<Vec<DeviceConfig>, ConfigError> {
     let twice = |ids: Vec<&str>| {
         let first = |(at, id): &(usize, &&str)| ids[..*at].contains(id);
@@ -260,6 +327,9 @@ pub(super) fn devices(
     }
     if let Some(vsock) = vsock {
         all.push(vsock.device()?);
+    }
+    if let Some(balloon) = balloon {
+        all.push(balloon.device()?);
     }
     if all.len() > MAX_VIRTIO_SLOTS {
         return Err(invalid(

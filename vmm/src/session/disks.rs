@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use migrate::crashsafe::{Disk as Files, DiskError as FileError, Temp, folder_of};
 
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::disk::{Disk, DiskError, block_bytes};
 use crate::devices::virtio::net::tap::{Tap, TapError};
 use crate::devices::virtio::setup::{Backing, DISK, Devices, NET};
@@ -116,6 +117,9 @@ pub enum BindError {
     /// The socket of the stream sockets.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// The balloon.
+    #[error("make the balloon")]
+    Balloon(#[source] std::io::Error),
 }
 
 /// A disk's file that has no name yet.
@@ -132,7 +136,7 @@ pub(super) struct Filling {
 pub(super) fn check(saved: &[VirtioState], bindings: &Bindings) -> Result<(), BindError> {
     let bindable = |state: &&VirtioState| match state.device {
         DeviceState::Block(_) | DeviceState::Net(_) | DeviceState::Vsock(_) => true,
-        DeviceState::Rng => false,
+        DeviceState::Rng | DeviceState::Balloon(_) => false,
     };
     let has: Vec<String> = saved
         .iter()
@@ -200,6 +204,9 @@ pub(super) fn prepare(
                 mac: net.mac,
             },
             DeviceState::Rng => Backing::Rng,
+            DeviceState::Balloon(balloon) => {
+                Backing::Balloon(Balloon::from_state(balloon).map_err(BindError::Balloon)?)
+            }
             DeviceState::Vsock(vsock) => Backing::Vsock {
                 guest_cid: vsock.guest_cid,
                 socket: Arc::new(Socket::bind(Path::new(
@@ -335,7 +342,8 @@ pub(super) fn lacks(saved: &[VirtioState], bindings: &Bindings, store: &Path) ->
                     say(error.into());
                 }
             }
-            (DeviceState::Net(_) | DeviceState::Vsock(_), None) | (DeviceState::Rng, _) => {}
+            (DeviceState::Net(_) | DeviceState::Vsock(_), None)
+            | (DeviceState::Rng | DeviceState::Balloon(_), _) => {}
         }
     }
     lacks

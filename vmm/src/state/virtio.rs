@@ -7,7 +7,7 @@ use virtio_queue::QueueState;
 
 use super::{StateError, Unread, VERSION, cbor, invalid};
 use crate::devices::virtio::state::{
-    BlockState, DeviceState, MAX_NAME_BYTES, MAX_QUEUES, NetState, VirtioState, VsockState,
+    BalloonState, BlockState, DeviceState, MAX_NAME_BYTES, MAX_QUEUES, NetState, VirtioState, VsockState,
 };
 use crate::layout::MAX_VIRTIO_SLOTS;
 
@@ -88,6 +88,21 @@ struct VsockRecord {
     guest_cid: u32,
 }
 
+#[derive(Encode, Decode)]
+#[cbor(map)]
+struct BalloonRecord {
+    #[n(0)]
+    target_pages: u32,
+    #[n(1)]
+    actual_pages: u32,
+    #[n(2)]
+    deflate_on_oom: bool,
+    #[n(3)]
+    stats_interval_s: u16,
+    #[n(4)]
+    reporting: bool,
+}
+
 fn queue_record(queue: &QueueState) -> QueueRecord {
     let QueueState {
         max_size,
@@ -139,6 +154,13 @@ pub(super) fn to_record(index: usize, state: &VirtioState) -> Record {
         DeviceState::Rng => Vec::new(),
         DeviceState::Vsock(vsock) => cbor(&VsockRecord {
             guest_cid: vsock.guest_cid,
+        }),
+        DeviceState::Balloon(balloon) => cbor(&BalloonRecord {
+            target_pages: balloon.target_pages,
+            actual_pages: balloon.actual_pages,
+            deflate_on_oom: balloon.deflate_on_oom,
+            stats_interval_s: balloon.stats_interval_s,
+            reporting: balloon.reporting,
         }),
     };
     Record {
@@ -231,6 +253,16 @@ fn device(tag: &str, kind: u32, payload: &[u8]) -> Result<DeviceState, StateErro
                 return Err(invalid(tag, format!("{guest_cid} is no guest's CID")));
             }
             Ok(DeviceState::Vsock(VsockState { guest_cid }))
+        }
+        crate::devices::virtio::balloon::KIND => {
+            let record: BalloonRecord = super::decode(tag, payload)?;
+            Ok(DeviceState::Balloon(BalloonState {
+                target_pages: record.target_pages,
+                actual_pages: record.actual_pages,
+                deflate_on_oom: record.deflate_on_oom,
+                stats_interval_s: record.stats_interval_s,
+                reporting: record.reporting,
+            }))
         }
         kind => Err(invalid(
             tag,

@@ -22,7 +22,7 @@ fn same_id(path: &str, body: &str) -> Result<(), Fault> {
 }
 
 /// Puts a device in, in place of one of the same id, when all of them together are still fine.
-fn change(app: &Instance, with: impl FnOnce(&mut VmConfig)) -> Done {
+pub(super) fn change(app: &Instance, with: impl FnOnce(&mut VmConfig)) -> Done {
     app.configure(|config| {
         let mut new = config.clone();
         with(&mut new);

@@ -1,5 +1,6 @@
 //! What the paths of the API stand for.
 
+pub mod balloon;
 pub mod console;
 pub mod devices;
 pub mod machine;

@@ -175,9 +175,14 @@ impl Inner {
             features: self.driver_features,
             again: 0,
             budget: BATCH,
+            config: false,
         };
         let result = work(self.device.as_mut(), &mut env);
         self.kicked |= env.again;
+        if env.config {
+            self.config_generation = self.config_generation.wrapping_add(1);
+            shared.irq.config();
+        }
         if let Err(error) = result {
             tracing::warn!(device = self.device.name(), %error, "the guest's driver is broken: the device waits for a reset");
             self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;

@@ -22,6 +22,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use crate::memory::GuestMemory;
 
+pub mod balloon;
 pub mod block;
 pub mod disk;
 pub mod mmio;
@@ -54,6 +55,8 @@ pub struct Env<'a> {
     /// Queues to look at again though nobody kicks.
     again: u64,
     budget: usize,
+    /// The configuration changed.
+    config: bool,
 }
 
 impl Env<'_> {
@@ -116,6 +119,11 @@ impl Env<'_> {
     /// Looks at a queue again soon, without a kick.
     pub fn again(&mut self, queue: usize) {
         self.again |= 1 << queue;
+    }
+
+    /// Tells the driver, when the device is done, to read the configuration again.
+    pub fn config_changed(&mut self) {
+        self.config = true;
     }
 
     /// Whether the driver has set a queue up.

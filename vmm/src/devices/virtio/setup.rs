@@ -11,6 +11,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::balloon::{Balloon, BalloonDevice, BalloonOptions};
 use super::block::Block;
 use super::disk::{Disk, DiskError};
 use super::net::tap::{Tap, TapError};
@@ -63,6 +64,8 @@ pub enum DeviceConfig {
         /// The Unix socket.
         path: PathBuf,
     },
+    /// A balloon.
+    Balloon(BalloonOptions),
 }
 
 /// A device's part of this host, open.
@@ -93,6 +96,8 @@ pub enum Backing {
         /// The host's end.
         socket: Arc<Socket>,
     },
+    /// A balloon.
+    Balloon(Balloon),
 }
 
 /// Why a VM cannot have its devices.
@@ -113,6 +118,9 @@ pub enum SetupError {
     /// The socket of the stream sockets.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// A balloon.
+    #[error("make the balloon")]
+    Balloon(#[source] std::io::Error),
     /// No random bytes for a hardware address.
     #[error("draw a hardware address for {name}")]
     Random {
@@ -153,7 +161,7 @@ impl Devices {
     pub fn disks(&self) -> impl Iterator<Item = &Arc<Disk>> {
         self.0.iter().filter_map(|backing| match backing {
             Backing::Disk { disk, .. } => Some(disk),
-            Backing::Net { .. } | Backing::Rng | Backing::Vsock { .. } => None,
+            Backing::Net { .. } | Backing::Rng | Backing::Vsock { .. } | Backing::Balloon(_) => None,
         })
     }
 
@@ -174,7 +182,7 @@ impl Devices {
             .zip(slots)
             .enumerate()
             .map(|(index, (backing, slot))| {
-                let (device, disk) = device(backing, leash)?;
+                let device = device(backing, ram, leash)?;
                 let transport = match saved.and_then(|saved| saved.get(index)) {
                     Some(state) => Transport::from_state(device, state, ram)?,
                     None => Transport::new(device, ram)?,
@@ -182,7 +190,14 @@ impl Devices {
                 Ok(Attached {
                     slot,
                     device: Arc::new(transport),
-                    disk,
+                    disk: match backing {
+                        Backing::Disk { disk, .. } => Some(Arc::clone(disk)),
+                        _ => None,
+                    },
+                    balloon: match backing {
+                        Backing::Balloon(balloon) => Some(balloon.clone()),
+                        _ => None,
+                    },
                 })
             })
             .collect()
@@ -217,28 +232,26 @@ fn open(config: &DeviceConfig) -> Result<Backing, SetupError> {
             guest_cid: *guest_cid,
             socket: Arc::new(Socket::bind(path)?),
         },
+        DeviceConfig::Balloon(options) => {
+            Backing::Balloon(Balloon::new(*options).map_err(SetupError::Balloon)?)
+        }
     })
 }
 
-type Made = (Box<dyn Device>, Option<Arc<Disk>>);
-
-fn device(backing: &Backing, leash: &Leash) -> Result<Made, SetupError> {
+fn device(backing: &Backing, ram: &Arc<GuestRam>, leash: &Leash) -> Result<Box<dyn Device>, SetupError> {
     Ok(match backing {
         Backing::Disk { disk, flush } => {
             let block = Block::new(Arc::clone(disk), *flush).map_err(|e| DeviceStateError {
                 device: "virtio",
                 why: format!("start the threads of {}: {e}", disk.name()),
             })?;
-            (Box::new(block), Some(Arc::clone(disk)))
+            Box::new(block)
         }
-        Backing::Net { name, tap, mac } => {
-            let card = Net::new(name, *mac, tap).under(leash.clone());
-            (Box::new(card), None)
-        }
-        Backing::Rng => (Box::new(Rng::default()), None),
+        Backing::Net { name, tap, mac } => Box::new(Net::new(name, *mac, tap).under(leash.clone())),
+        Backing::Rng => Box::new(Rng::default()),
         Backing::Vsock { guest_cid, socket } => {
-            let vsock = Vsock::new(*guest_cid, Arc::clone(socket), leash.clone());
-            (Box::new(vsock), None)
+            Box::new(Vsock::new(*guest_cid, Arc::clone(socket), leash.clone()))
         }
+        Backing::Balloon(balloon) => Box::new(BalloonDevice::new(balloon, ram).map_err(SetupError::Balloon)?),
     })
 }

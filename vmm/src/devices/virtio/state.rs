@@ -43,6 +43,8 @@ pub enum DeviceState {
     Rng,
     /// Stream sockets.
     Vsock(VsockState),
+    /// A balloon.
+    Balloon(BalloonState),
 }
 
 /// A disk, without its content, which is an address space.
@@ -70,6 +72,21 @@ pub struct VsockState {
     pub guest_cid: u32,
 }
 
+/// A balloon. The pages in it are holes of the memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BalloonState {
+    /// Pages of 4 KiB that the guest is to give.
+    pub target_pages: u32,
+    /// Pages that it has given, as it says.
+    pub actual_pages: u32,
+    /// It may take memory back when it has too little.
+    pub deflate_on_oom: bool,
+    /// Seconds from one set of its numbers to the next; 0: never.
+    pub stats_interval_s: u16,
+    /// It reports memory that it has no use for.
+    pub reporting: bool,
+}
+
 impl DeviceState {
     /// Virtio's number for the kind of device.
     #[must_use]
@@ -79,6 +96,7 @@ impl DeviceState {
             Self::Net(_) => super::net::KIND,
             Self::Rng => super::rng::KIND,
             Self::Vsock(_) => super::vsock::KIND,
+            Self::Balloon(_) => super::balloon::KIND,
         }
     }
 }
