@@ -81,7 +81,7 @@ fn each_mistake_has_its_message() {
         ),
         (
             vec!["--kernel", &ticker, "--api-sock", &big],
-            vec!["not a socket", "--api-sock"],
+            vec!["not a socket", "choose another path"],
         ),
         (
             vec!["--kernel", &ticker, "--api-sock", &long],
