@@ -279,6 +279,40 @@ async fn an_owner_goes_on_while_the_registry_is_away() {
     b.stop().await;
 }
 
+/// A promise is for ever: one of the last number there is would keep the VM from ever being taken over again. One a little
+/// above what is known may be right, and is given.
+#[tokio::test]
+async fn no_promise_is_given_far_beyond_what_the_registry_has_given_out() {
+    let lab = Authority::new("lab");
+    let dir = tempfile::tempdir().unwrap();
+    let a = agent(&lab, dir.path(), "a", None, None).await;
+    let b = agent(&lab, dir.path(), "b", Some(&a), None).await;
+    let oak = lab.issue("oak", &[CertRole::Owner]);
+    let mut mine = owner(dir.path(), &a, &[b.address()], 1, &oak).await;
+    let (web, generation) = (mine.name(0).vm, mine.name(0).generation);
+    let name = mine.take(3);
+    mine.wait_committed(&name).await;
+    a.stop().await;
+    let elm = lab.issue("elm", &[CertRole::Execute]);
+    let mut client = Client::connect(b.address(), &elm).await.unwrap();
+    let mut seal = async |generation| {
+        let vm = web.clone();
+        client
+            .call(Call::Seal(SealCall { vm, generation }), PATIENCE)
+            .await
+    };
+    for far in [u64::MAX, generation.0 + 1_000_000] {
+        let refused = seal(Generation(far)).await.unwrap_err().to_string();
+        has(&refused, &["is not promised", "the registry does not confirm"]);
+        assert_eq!(b.store().promised(&web), generation);
+    }
+    let next = Generation(generation.0 + 1);
+    seal(next).await.unwrap();
+    assert_eq!(b.store().promised(&web), next);
+    mine.shipper.stop().await;
+    b.stop().await;
+}
+
 /// An agent's certificate is checked, its owner known: what it sends first is a greeting, and no longer than one.
 #[tokio::test]
 async fn a_greeting_is_short() {

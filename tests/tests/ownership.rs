@@ -168,6 +168,80 @@ fn protection_can_be_turned_off_and_on_and_nothing_is_lost() {
     cluster.own(successor);
 }
 
+/// By force a VM is forgotten while it runs. It says that nothing protects it any more, and what is to be done.
+#[test]
+fn a_vm_that_is_forgotten_while_it_runs_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut cluster, holders) = pair(&folder);
+    let protect = ["--memory", "32M", "--every", "50ms", "--protect-to", &holders];
+    let machine = cluster.launch("lost", "ticker", "period_ms=5", &protect).unwrap();
+    cluster.committed(&machine, 3).unwrap();
+    let forget = |more: &[&str]| {
+        cluster
+            .standby(0)
+            .args(["forget", "lost"])
+            .args(more)
+            .output()
+            .unwrap()
+    };
+    let unforced = forget(&[]);
+    assert!(
+        !unforced.status.success() && said(&unforced).contains("vmm stop lost"),
+        "{}",
+        said(&unforced)
+    );
+    let forced = forget(&["--force"]);
+    assert!(forced.status.success(), "{}", said(&forced));
+    let status = wait_for("the owner to say that it is not protected", || {
+        let status = cluster.status("lost", &machine.run_dir)?;
+        Ok(status["protection"].is_null().then_some(status))
+    })
+    .unwrap();
+    assert_eq!(status["state"], "running", "{status}");
+    assert!(
+        status["problem"]
+            .as_str()
+            .is_some_and(|why| why.contains("does not know VM lost any more")),
+        "{status}"
+    );
+    let listed = cluster.vmm("ps", &machine.run_dir).output().unwrap();
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    assert!(
+        listed.contains("not protected") && listed.contains("To protect it again"),
+        "{listed}"
+    );
+
+    // As it says. Whoever holds something of the generation that was forgotten is not to take it for this one's.
+    let vmm = |args: &[&str]| {
+        let output = cluster
+            .vmm(args[0], &machine.run_dir)
+            .args(&args[1..])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{args:?}: {}", said(&output));
+    };
+    vmm(&["checkpoint", "lost", "--full"]);
+    vmm(&["stop", "lost"]);
+    vmm(&[
+        "restore",
+        "lost",
+        "--store",
+        status["store"].as_str().unwrap(),
+        "--detach",
+        "--every",
+        "50ms",
+        "--protect-to",
+        &holders,
+    ]);
+    let status = cluster.status("lost", &machine.run_dir).unwrap();
+    assert!(
+        status["problem"].is_null() && status["generation"].as_u64() > Some(1),
+        "{status}"
+    );
+    cluster.committed(&machine, 1).unwrap();
+    vmm(&["stop", "lost"]);
+}
+
 #[test]
 fn one_generation_is_taken_up_once() {
     let folder = tempfile::tempdir().unwrap();

@@ -503,8 +503,15 @@ impl Session {
     /// [`SessionError`]: protection is as it was.
     pub async fn protect(&self, protection: Option<Protection>) -> Result<(), SessionError> {
         let mut guard = self.guard.lock().await;
+        if self.forgotten()
+            && let Some(mut on) = guard.take()
+        {
+            // There is no place left to give back: what follows is as for a VM that never had one.
+            self.stop_shipping(&mut on).await;
+        }
         match (guard.as_mut(), protection) {
-            (None, None) => {}
+            // Being without it is what is wanted, then.
+            (None, None) => lock(&self.progress).forgotten = None,
             (Some(on), None) => {
                 // First: without holders nobody may think that the owner runs under a lease.
                 if on.shipping {
@@ -553,6 +560,12 @@ impl Session {
         Ok(())
     }
 
+    /// The registry does not know it any more, and it was protected. Its name goes on there with a higher generation, and
+    /// this process has only its own: no protection is had for it again.
+    fn forgotten(&self) -> bool {
+        lock(&self.progress).forgotten.is_some()
+    }
+
     async fn announce_if_running(&self, ownership: &Ownership) -> Result<(), SessionError> {
         if *self.vm.state().borrow() == RunState::Running {
             ownership.announce(self.generation, VmState::Running).await?;
@@ -590,6 +603,7 @@ impl Session {
         let shipping = self.checkpoints.shipping();
         let protection = lock(&self.shown)
             .clone()
+            .filter(|_| progress.forgotten.is_none())
             .map(|(protection, ack_quorum)| ProtectionStatus {
                 every_ms: protection.every_ms,
                 ack_quorum,
@@ -628,7 +642,7 @@ impl Session {
                 .flat_map(|status| &status.holders)
                 .map(|h| h.bytes_sent)
                 .sum(),
-            problem: progress.problem,
+            problem: progress.forgotten.or(progress.problem),
             store: self.store.dir().display().to_string(),
             store_bytes: self.store.used_bytes(),
             store_budget: self.store.budget(),
@@ -668,7 +682,12 @@ impl Session {
     /// [`SessionError::Control`] when the VM is gone already.
     pub async fn stop(&self, drain: Duration) -> Result<StopReport, SessionError> {
         let mut report = StopReport::clean();
-        let guard = self.guard.lock().await;
+        let mut guard = self.guard.lock().await;
+        if self.forgotten()
+            && let Some(mut on) = guard.take()
+        {
+            self.stop_shipping(&mut on).await;
+        }
         self.checkpoints.every(None);
         let live = matches!(
             *self.vm.state().borrow(),

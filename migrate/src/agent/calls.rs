@@ -348,8 +348,25 @@ fn show(store: &FsStore, name: &segment::SegmentName) -> Result<SegmentDetail, S
     })
 }
 
+/// How far above the highest generation known here one may be that the registry does not confirm. A promise is for ever:
+/// of a number near the last there is, nobody could ever go on from it. Generations go up by one a takeover.
+const MAX_LEAP: u64 = 1000;
+
 async fn seal(inner: &Arc<Inner>, call: SealCall) -> Result<Reply, Failure> {
     let SealCall { vm, generation } = call;
+    let promised = inner.store.promised(&vm);
+    if generation.0.saturating_sub(promised.0) > MAX_LEAP {
+        let given = inner.registry.get_vm(&vm).await.map(|record| record.generation);
+        if !given.as_ref().is_ok_and(|given| *given >= generation) {
+            let says = given.map_or_else(|e| e.to_string(), |given| format!("it is at {given}"));
+            return Err(Failure {
+                why: format!(
+                    "generation {generation} of VM {vm} is not promised: {promised} is the highest known here, and the \
+                     registry does not confirm one so far above it ({says})"
+                ),
+            });
+        }
+    }
     let (agent, of) = (inner.clone(), vm.clone());
     // The promise first, and it is durable before anything is read: what is read then is all that can ever have been
     // acknowledged under a lower generation.

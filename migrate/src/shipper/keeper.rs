@@ -201,6 +201,12 @@ impl Keeper {
             });
             return false;
         }
+        if let RegistryError::NoSuchVm { .. } = error {
+            self.shared.lease.send_replace(None);
+            let registry = self.registry.address();
+            let _ = self.shared.events.send(ShipEvent::Forgotten { registry });
+            return false;
+        }
         if !std::mem::replace(&mut self.away, true) {
             tracing::warn!(vm = %self.shared.vm, %error, "the owner's lease is not renewed; protection goes on");
         }

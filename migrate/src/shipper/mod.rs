@@ -107,6 +107,11 @@ pub enum ShipEvent {
         /// The generation that is promised.
         current: Generation,
     },
+    /// The registry does not know the VM any more: somebody had it forgotten while it ran. Nothing is committed from here on.
+    Forgotten {
+        /// The registry that says so.
+        registry: String,
+    },
     /// Nothing in the spool builds on what the holder has: the next checkpoint should be a full one.
     NeedFull {
         /// The holder.

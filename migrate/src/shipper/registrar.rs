@@ -15,7 +15,7 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// The most records of one request; half of what a registry takes.
 const BATCH: usize = MAX_REGISTER_SEGMENTS / 2;
 
-/// Runs until `stop` changes, or the registry says that the generation is over.
+/// Runs until `stop` changes, or the registry says that the generation or the VM is no more.
 pub(super) async fn run(shared: Arc<Shared>, registry: Registry, mut stop: watch::Receiver<bool>) {
     let mut changes = shared.changes.subscribe();
     let mut away = false;
@@ -64,6 +64,11 @@ async fn flush(
                     holder: registry.address(),
                     current,
                 });
+                return false;
+            }
+            Err(RegistryError::NoSuchVm { .. }) => {
+                let registry = registry.address();
+                let _ = shared.events.send(ShipEvent::Forgotten { registry });
                 return false;
             }
             Err(error) if error.is_transient() || matches!(error, RegistryError::Past { .. }) => {

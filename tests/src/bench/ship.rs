@@ -132,6 +132,7 @@ async fn ship(lab: &Lab, store: &Arc<FsStore>, name: &SegmentName, holder: &Agen
                 ShipEvent::Committed { .. } => return Ok(start.elapsed()),
                 ShipEvent::HolderDown { why, .. } => bail!("the holder went away: {why}"),
                 ShipEvent::Fenced { current, .. } => bail!("the holder has promised generation {current}"),
+                ShipEvent::Forgotten { .. } => bail!("the registry does not know the VM any more"),
                 ShipEvent::NeedFull { .. } => bail!("the holder asks for another full segment"),
                 ShipEvent::HolderUp { .. }
                 | ShipEvent::HoldersChanged { .. }

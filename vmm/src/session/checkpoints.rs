@@ -28,6 +28,8 @@ pub(super) struct Progress {
     pub(super) raw_bytes: u64,
     pub(super) stored_bytes: u64,
     pub(super) problem: Option<String>,
+    /// Why its protection has ended by itself.
+    pub(super) forgotten: Option<String>,
 }
 
 type Reply = oneshot::Sender<Result<CheckpointReport, SessionError>>;

@@ -31,6 +31,7 @@ impl Follower {
                     self.orders.tidy();
                 }
                 ShipEvent::Fenced { holder, current } => self.fenced(&holder, current).await,
+                ShipEvent::Forgotten { registry } => self.forgotten(&registry),
                 ShipEvent::Granted { holder, sent } => self.tell(News::Granted { holder, sent }),
                 ShipEvent::Renewed { sent } => self.tell(News::Renewed { sent }),
                 ShipEvent::Electors { version, sets } => self.tell(News::Electors { version, sets }),
@@ -58,6 +59,20 @@ impl Follower {
     fn tell(&self, news: News) {
         if let Some(lease) = &self.lease {
             lease.tell(news);
+        }
+    }
+
+    /// Nobody can take the VM over any more, and another may be started under its name: what is shipped is for nothing.
+    fn forgotten(&self, registry: &str) {
+        let why = format!(
+            "its protection has ended: the registry at {registry} does not know VM {0} any more (standby forget --force, \
+             while it ran). The guest runs on, on this host alone. To protect it again: vmm checkpoint {0} --full, \
+             vmm stop {0}, then vmm restore {0} --protect-to with its holders",
+            self.name
+        );
+        if lock(&self.progress).forgotten.replace(why.clone()).is_none() {
+            tracing::error!(vm = %self.name, "{why}");
+            self.orders.every(None);
         }
     }
 
