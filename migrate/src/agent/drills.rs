@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use segment::{SpaceId, VmId};
 
-use super::{Inner, blocking, drill, view};
+use super::{Inner, blocking, drill, hot, view};
 use crate::crashsafe::Disk;
 use crate::registry::{Role, VmState};
 use crate::wire::{DrillCall, DrillReport, Failure, LastDrill};
@@ -219,7 +219,7 @@ async fn fit(inner: &Arc<Inner>, vm: &VmId) -> Result<(), String> {
     let memory = spaces.iter().filter(|space| space.id == SpaceId::MEMORY);
     let wanted: u64 = memory.map(segment::Space::bytes).sum();
     let (part, whole) = SHARE_OF_FREE;
-    let free = available_memory();
+    let free = hot::available_memory();
     if free.is_some_and(|free| wanted > free / whole * part) {
         return Err(format!(
             "a copy takes {} of memory, and {} are free",
@@ -228,14 +228,6 @@ async fn fit(inner: &Arc<Inner>, vm: &VmId) -> Result<(), String> {
         ));
     }
     Ok(())
-}
-
-/// What the kernel says can be had without swapping.
-fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024)
 }
 
 #[cfg(test)]

@@ -10,8 +10,9 @@
 //! image, and an image that is not at exactly that checkpoint, by name and id, is not used. So an epoch that was never
 //! committed, or of a branch that a later generation left behind, costs the time to make the image anew, and nothing else.
 //!
-//! Invariants: images take no more memory and disk than they were given; a takeover never waits for an image to be made
-//! (it breaks that off); a VM that runs on this host because of this agent has none.
+//! Invariants: images take no more memory and disk than they were given, and give way to guests when the host runs short; a
+//! takeover never waits for an image to be made (it breaks that off), nor for one that is far behind; a VM that runs on this
+//! host because of this agent has none.
 //!
 //! What it never does: it acknowledges nothing and holds no acknowledgement up, and it keeps nothing across a restart.
 
@@ -25,7 +26,7 @@ use std::time::{Duration, Instant};
 
 use segment::{SegmentName, VmId};
 
-use super::{Inner, blocking, view};
+use super::{Inner, blocking, spawn, view};
 use crate::image::{Image, ImageError, ImageSize, TakenImage};
 use crate::registry::Role;
 use crate::store::{Entry, FsStore};
@@ -44,6 +45,16 @@ const FOLDER: &str = "hot";
 const SHARE_OF_MEMORY: u64 = 2;
 /// What their disks may take of the free room of the data folder's file system when nothing was said: a half.
 const SHARE_OF_DISK: u64 = 2;
+
+/// The part of the host's memory that images leave to others: they are made only while an eighth stays free.
+const LEFT_FREE: u64 = 8;
+/// Below a sixteenth images are given up.
+const GIVEN_UP_BELOW: u64 = 16;
+/// For how long no image is made after some were given up for a takeover.
+const ROOM_KEPT: Duration = Duration::from_secs(60);
+/// How far behind an image may be that a takeover brings forward: so many bytes always, and else a quarter of its chain.
+const BEHIND_BYTES: u64 = 32 << 20;
+const BEHIND_SHARE: u64 = 4;
 
 /// Names of VMs, with `*` for any characters; `all` is `*`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -151,6 +162,8 @@ pub(super) struct Hot {
     cold: Mutex<BTreeMap<VmId, String>>,
     /// The VMs that run here because of this agent, and their processes. Shared likewise.
     running: Mutex<HashMap<VmId, u32>>,
+    /// Until then none is made. Shared likewise.
+    room_kept: Mutex<Option<Instant>>,
     stopped: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -184,6 +197,7 @@ impl Hot {
             slots: Mutex::default(),
             cold: Mutex::default(),
             running: Mutex::default(),
+            room_kept: Mutex::default(),
             stopped: AtomicBool::new(false),
             thread: Mutex::default(),
         })
@@ -282,6 +296,9 @@ impl Hot {
                 Told::Making | Told::At(_) => "its image was being made".into(),
             });
         };
+        if let Some(behind) = image.at().and_then(|at| far_behind(store, at, tip)) {
+            return Err(format!("its image is {} behind", view::size(behind)));
+        }
         if let Err(error) = image.advance(store, tip, &|| true) {
             return Err(in_full(&error));
         }
@@ -289,6 +306,37 @@ impl Hot {
             Some(at) => format!("its image is at {}", at.name),
             None => "its image is of no use".to_owned(),
         })
+    }
+
+    /// Gives up all images but that of `vm`, for a takeover that needs their memory; whether there were any. From a thread
+    /// that may wait: for a frame or a link to be applied.
+    pub(super) fn make_room(&self, vm: &VmId) -> bool {
+        *lock(&self.room_kept) = Some(Instant::now() + ROOM_KEPT);
+        let others: Vec<_> = {
+            let mut slots = lock(&self.slots);
+            let others = slots.iter().filter(|(of, _)| *of != vm);
+            let others: Vec<_> = others.map(|(of, slot)| (of.clone(), slot.clone())).collect();
+            others.iter().for_each(|(of, _)| drop(slots.remove(of)));
+            others
+        };
+        for (of, slot) in &others {
+            slot.wanted.store(true, Ordering::Relaxed);
+            *lock(&slot.image) = None;
+            tracing::warn!(vm = %of, "its image was given up for the takeover of VM {vm}");
+        }
+        !others.is_empty()
+    }
+
+    /// While the host runs short of memory gives up the image that was asked for last: guests go before.
+    fn give_way(&self) {
+        if available_memory().is_none_or(|free| free >= host_memory() / GIVEN_UP_BELOW) {
+            return;
+        }
+        let mut slots = lock(&self.slots);
+        if let Some(vm) = slots.keys().max_by_key(|vm| self.order(vm)).cloned() {
+            slots.remove(&vm);
+            tracing::warn!(%vm, "its image was given up: this host runs short of memory");
+        }
     }
 
     /// What all images here take at most.
@@ -320,7 +368,20 @@ impl Hot {
             self.limit.memory,
             "--hot-memory",
         )?;
-        of("disk", size.disks, taken.disks, self.limit.disks, "--hot-disk")
+        of("disk", size.disks, taken.disks, self.limit.disks, "--hot-disk")?;
+        if lock(&self.room_kept).is_some_and(|until| Instant::now() < until) {
+            return Err("its image was given up for a takeover, and is made again in a while".into());
+        }
+        let (free, left) = (available_memory(), host_memory() / LEFT_FREE);
+        match free {
+            Some(free) if size.memory.saturating_add(left) > free => Err(format!(
+                "its memory of {} does not fit: {} of this host's are free, and {} are left to guests",
+                view::size(size.memory),
+                view::size(free),
+                view::size(left)
+            )),
+            Some(_) | None => Ok(()),
+        }
     }
 }
 
@@ -365,6 +426,7 @@ fn follow(inner: &Arc<Inner>) {
         let due = looked.is_none_or(|at| at.elapsed() >= LOOK_EVERY);
         let vms: BTreeSet<VmId> = if due {
             looked = Some(Instant::now());
+            hot.give_way();
             lock(&hot.noted).clear();
             let known: Vec<VmId> = lock(&hot.slots).keys().cloned().collect();
             let cold: Vec<VmId> = lock(&hot.cold).keys().cloned().collect();
@@ -426,6 +488,10 @@ fn wanted(inner: &Arc<Inner>, vm: &VmId) -> Result<(Arc<Slot>, Entry), Option<St
     if let Some(slot) = lock(&hot.slots).get(vm) {
         return Ok((slot.clone(), newest));
     }
+    // It may have been started by this agent's predecessor.
+    if spawn::runs_in_a_spool(inner, vm) {
+        return Err(Some("it runs here".into()));
+    }
     let size = match inner.store.open_segment(&newest.name) {
         Ok(reader) => ImageSize::of(&reader.manifest().spaces),
         Err(error) => return Err(Some(in_full(&error))),
@@ -467,6 +533,13 @@ fn bring(inner: &Arc<Inner>, vm: &VmId, slot: &Slot, newest: &Entry) {
     if lock(&slot.not_before).is_some_and(|at| Instant::now() < at) {
         return;
     }
+    let spaces = inner.store.open_segment(&tip.name);
+    if spaces.is_ok_and(|reader| ImageSize::of(&reader.manifest().spaces) != slot.size) {
+        // Another machine under the same name: it is looked for room anew.
+        lock(&hot.slots).remove(vm);
+        hot.stored(vm);
+        return;
+    }
     slot.tell(Told::Making);
     let started = Instant::now();
     let stem = format!("{vm}-{}", hot.next.fetch_add(1, Ordering::Relaxed));
@@ -490,6 +563,23 @@ fn bring(inner: &Arc<Inner>, vm: &VmId, slot: &Slot, newest: &Entry) {
             *lock(&slot.not_before) = Some(Instant::now() + AGAIN);
         }
     }
+}
+
+/// How many bytes an image at `at` lacks, when reading all of the chain of `tip` is quicker than bringing it forward.
+fn far_behind(store: &FsStore, at: &Held, tip: &Held) -> Option<u64> {
+    let chain = store.chain(&tip.name).ok()?;
+    let bytes = |links: &[Entry]| links.iter().map(|link| link.bytes).sum::<u64>();
+    let here = chain.iter().position(|link| link.name == at.name)?;
+    let behind = bytes(&chain[here + 1..]);
+    (behind > BEHIND_BYTES && behind > bytes(&chain) / BEHIND_SHARE).then_some(behind)
+}
+
+/// What the kernel says can be had without swapping, in bytes.
+pub(super) fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
 }
 
 fn host_memory() -> u64 {

@@ -17,7 +17,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command};
 
 use super::offer::for_vm;
-use super::{Inner, hot};
+use super::{Inner, blocking, hot};
 use crate::failover::Running;
 use crate::image::TakenImage;
 use crate::registry::{RegistryAddr, VmRecord};
@@ -96,15 +96,45 @@ fn offered(inner: &Inner, vm: &VmId) -> impl Iterator<Item = String> {
 ///
 /// # Errors
 /// In words, what it lacks. Whatever else keeps the check from being made is for the takeover itself to meet.
-pub(super) async fn check(inner: &Inner, vm: &VmId) -> Result<(), String> {
-    let vmm = find_vmm(inner.vmm.as_deref())?;
+pub(super) async fn check(inner: &Arc<Inner>, vm: &VmId) -> Result<(), String> {
     let Some(tip) = inner.store.newest_complete(vm) else {
         return Ok(());
     };
-    let mut command = command(inner, &vmm, vm.as_str(), &tip.name);
+    let mut missing = lacks(inner, vm, &tip.name).await?;
+    if missing.iter().any(|lack| lack.starts_with(MEMORY)) {
+        if inner.hot.is_hot(vm) {
+            // Its image is its memory, and is what the host lacks.
+            missing.retain(|lack| !lack.starts_with(MEMORY));
+        } else {
+            let (agent, of) = (inner.clone(), vm.clone());
+            if blocking(move || Ok::<_, String>(agent.hot.make_room(&of))).await? {
+                missing = lacks(inner, vm, &tip.name).await?;
+            }
+        }
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(format!(
+        "this host cannot run it ({}): {}",
+        tip.name,
+        missing.join("; ")
+    ))
+}
+
+/// How `vmm restore --check` begins the line about memory.
+const MEMORY: &str = "memory:";
+
+/// What this host lacks to go on from `tip`, as `vmm restore --check` says it; nothing, too, when that cannot be found out.
+///
+/// # Errors
+/// In words, when there is no `vmm`.
+async fn lacks(inner: &Inner, vm: &VmId, tip: &SegmentName) -> Result<Vec<String>, String> {
+    let vmm = find_vmm(inner.vmm.as_deref())?;
+    let mut command = command(inner, &vmm, vm.as_str(), tip);
     command
         .args(["--check", "--store"])
-        .arg(inner.data.join("spool").join(vm.as_str()))
+        .arg(spools(inner, vm))
         .args(offered(inner, vm))
         .stderr(Stdio::null())
         .kill_on_drop(true);
@@ -119,29 +149,19 @@ pub(super) async fn check(inner: &Inner, vm: &VmId) -> Result<(), String> {
     };
     let said = match tokio::time::timeout(CHECK_DEADLINE, checked).await {
         Ok(Ok((status, said))) if !status.success() => said,
-        Ok(Ok(_)) => return Ok(()),
+        Ok(Ok(_)) => return Ok(Vec::new()),
         Ok(Err(error)) => {
             tracing::warn!(%vm, %error, "whether this host can run it was not found out");
-            return Ok(());
+            return Ok(Vec::new());
         }
         Err(_) => {
             tracing::warn!(%vm, "whether this host can run it was not found out in {CHECK_DEADLINE:?}");
-            return Ok(());
+            return Ok(Vec::new());
         }
     };
     let said = String::from_utf8_lossy(&said);
-    let missing: Vec<&str> = said
-        .lines()
-        .filter_map(|line| line.strip_prefix("missing: "))
-        .collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    Err(format!(
-        "this host cannot run it ({}): {}",
-        tip.name,
-        missing.join("; ")
-    ))
+    let missing = said.lines().filter_map(|line| line.strip_prefix("missing: "));
+    Ok(missing.map(str::to_owned).collect())
 }
 
 /// Starts the guest of `record` from `tip`, which is whole in the agent's store, and waits until it runs: on its image,
@@ -163,18 +183,53 @@ pub(super) async fn restore(
                 running.notes.push("from its image: nothing was loaded".into());
                 return Ok(running);
             }
-            // Said by a process whose guest never ran, and that is gone.
-            Err(NotStarted { why, refused: true }) => {
+            // Said by a process that is gone. Nothing of this generation was stored: its guest has not run.
+            Err(NotStarted { why, refused: true }) if !anything_of(inner, record) => {
                 tracing::error!(%vm, tip = %tip.name, why, "the image was refused: its chain is loaded");
                 Some(format!("from its chain, as its image was refused: {why}"))
             }
-            Err(NotStarted { why, refused: false }) => return Err(why),
+            Err(not) => return Err(not.why),
         },
     };
     let started = start(inner, record, tip, None).await;
     let mut running = started.map_err(|not| not.why)?;
     running.notes.extend(note);
     Ok(running)
+}
+
+/// Whether there is a checkpoint of the very generation, here or in the store of who runs it: then its guest may have run, and
+/// nobody may go on from before that.
+fn anything_of(inner: &Inner, record: &VmRecord) -> bool {
+    let shipped = inner.store.entries(&record.vm).pop();
+    let spool = spool(inner, record).join("segments");
+    let own = spool.join(record.vm.as_str()).join(record.generation.to_string());
+    shipped.is_some_and(|newest| newest.name.generation >= record.generation)
+        || std::fs::read_dir(own).is_ok_and(|mut list| list.next().is_some())
+}
+
+/// The store of the process that runs the VM of `record` here. One per generation: an earlier owner of the VM on this host may
+/// still be there, stopped, with its own open.
+fn spool(inner: &Inner, record: &VmRecord) -> PathBuf {
+    spools(inner, &record.vm).join(format!("g{}", record.generation))
+}
+
+fn spools(inner: &Inner, vm: &VmId) -> PathBuf {
+    inner.data.join("spool").join(vm.as_str())
+}
+
+/// Whether a process has a store of `vm` open here: one that this agent started, or an earlier one.
+pub(super) fn runs_in_a_spool(inner: &Inner, vm: &VmId) -> bool {
+    let list = std::fs::read_dir(spools(inner, vm));
+    list.is_ok_and(|list| list.flatten().any(|entry| !is_free(&entry.path())))
+}
+
+/// Whether nobody has the store open.
+fn is_free(store: &Path) -> bool {
+    use rustix::fs::{FlockOperation, flock};
+    match OpenOptions::new().read(true).open(store.join("lock")) {
+        Ok(lock) => flock(&lock, FlockOperation::NonBlockingLockShared).is_ok(),
+        Err(e) => e.kind() == io::ErrorKind::NotFound,
+    }
 }
 
 /// A guest does not run, and no process is left.
@@ -202,9 +257,7 @@ async fn start(
     let run_dir = inner.run_dir.clone();
     let log_path = inner.data.join("vmm").join(format!("{vm}.log"));
     let console = inner.data.join("vmm").join(format!("{vm}.console"));
-    let spools = inner.data.join("spool").join(vm);
-    // One per generation: an earlier owner of the VM on this host may still be there, stopped, with its own open.
-    let spool = spools.join(format!("g{}", record.generation));
+    let (spools, spool) = (spools(inner, &record.vm), spool(inner, record));
     let prepared = (|| -> io::Result<File> {
         std::fs::create_dir_all(&run_dir)?;
         std::fs::create_dir_all(&spool)?;
@@ -418,15 +471,9 @@ fn remove_old_spools(spools: &Path, generation: Generation) {
         if of.is_none_or(|of| of >= generation.0) {
             continue;
         }
-        let lock = OpenOptions::new().read(true).open(entry.path().join("lock"));
-        let free = match lock {
-            Ok(lock) => {
-                use rustix::fs::{FlockOperation, flock};
-                flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
-            }
-            Err(e) => e.kind() == io::ErrorKind::NotFound,
-        };
-        if free && let Err(error) = std::fs::remove_dir_all(entry.path()) {
+        if is_free(&entry.path())
+            && let Err(error) = std::fs::remove_dir_all(entry.path())
+        {
             tracing::warn!(path = %entry.path().display(), %error, "an old spool cannot be removed");
         }
     }
