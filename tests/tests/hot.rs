@@ -21,6 +21,10 @@ fn cluster(folder: &tempfile::TempDir, more: &[&str]) -> Cluster {
 }
 
 fn protect(cluster: &mut Cluster, name: &str, agents: &[usize], more: &[&str]) -> Machine {
+    protect_as(cluster, name, CHURN, agents, more)
+}
+
+fn protect_as(cluster: &mut Cluster, name: &str, cmdline: &str, agents: &[usize], more: &[&str]) -> Machine {
     let holders: Vec<_> = agents
         .iter()
         .map(|a| cluster.agents[*a].address.clone())
@@ -28,7 +32,7 @@ fn protect(cluster: &mut Cluster, name: &str, agents: &[usize], more: &[&str]) -
     let holders = holders.join(",");
     let mut arguments = vec!["--memory", "48M", "--every", "50ms", "--protect-to", &holders];
     arguments.extend(more);
-    let machine = cluster.launch(name, "churn", CHURN, &arguments).unwrap();
+    let machine = cluster.launch(name, "churn", cmdline, &arguments).unwrap();
     cluster.committed(&machine, 3).unwrap();
     machine
 }
@@ -323,7 +327,14 @@ fn drills_are_run_by_the_clock_and_one_that_fails_is_told_everywhere() {
     let mut cluster = Cluster::new(folder.path(), false).unwrap();
     cluster.start_agent("alder", &[]).unwrap();
     cluster.start_agent("birch", &["--drill-every", "2s"]).unwrap();
-    let machine = protect(&mut cluster, "tried", &[0, 1], &[]);
+    // It writes so little that its first checkpoint goes on to be read for long.
+    let machine = protect_as(
+        &mut cluster,
+        "tried",
+        "mib=16 rate=20 heartbeat_ms=20",
+        &[0, 1],
+        &[],
+    );
     // Again and again, by the one that is to; and the VM goes on.
     let drilled = wait_for("two drills", || {
         Ok(Some(events(&cluster, "tried", "drilled")).filter(|all| all.len() >= 2))
