@@ -74,6 +74,21 @@ setup_nested() {
         dpkg-deb=dpkg xz=xz-utils zstd=zstd tar=tar
 }
 
+# The S3-compatible server that tests speak to: in a Python environment of its own, below target/.
+setup_s3() {
+    local made="${CARGO_TARGET_DIR:-target}/moto"
+    [ -n "${MOTO_SERVER:-}" ] && return
+    [ -x "$made/bin/moto_server" ] && return
+    # ensurepip is a package of its own in Debian.
+    install_packages python3=python3
+    python3 -c 'import ensurepip, venv' 2>/dev/null ||
+        { as_root apt-get update -qq; as_root apt-get install -y -qq --no-install-recommends python3-venv >/dev/null; }
+    say "installing moto, an S3-compatible server for the tests"
+    rm -rf "$made"
+    python3 -m venv "$made"
+    "$made/bin/pip" install --quiet --disable-pip-version-check 'moto[s3]==5.2.*' 'flask<4' 'flask-cors<7'
+}
+
 setup() {
     setup_build
     check_kvm

@@ -23,10 +23,12 @@
 
 mod error;
 mod evidence;
+#[cfg(test)]
+mod global_tests;
 
 pub use error::{Left, PromoteError};
 
-use evidence::{Answers, Choice, Verdict};
+use evidence::{Answers, Choice, Look, Verdict};
 use std::time::Duration;
 
 use segment::{Generation, SegmentName, VmId};
@@ -130,6 +132,8 @@ pub enum PlanEvent {
         /// For how long it was waited.
         time: Duration,
     },
+    /// The newest checkpoint in the global store that the registry has as committed; or why that is not known.
+    Global(Result<Option<SegmentBrief>, String>),
     /// The guest runs; or why not.
     Started(Result<Running, String>),
 }
@@ -177,6 +181,8 @@ pub enum PlanAction {
         /// The owner before, as the record named it after the raise: later none can have come.
         process: Option<OwnerProcess>,
     },
+    /// See which committed checkpoint the global store has; answer `Global`.
+    LookGlobal,
     /// Start the guest from the local store; answer `Started`.
     Start {
         /// The VM, under its new generation.
@@ -262,6 +268,8 @@ pub struct PlanOptions {
     /// Go on though fewer holders answer than it takes to fence the owner before. An operator's word only: that owner may
     /// run on, and what only the others have is lost.
     pub force: bool,
+    /// There is a global store: it is looked at when the holders that answer do not have what is needed.
+    pub global: bool,
 }
 
 /// One node's try to take one VM over.
@@ -280,6 +288,8 @@ pub struct Plan {
 /// What a phase of questions came to.
 enum Judged {
     Wait(Box<VmRecord>, Answers),
+    /// The holders do not have what is needed: the global store may.
+    Look(Box<VmRecord>, Answers),
     Go {
         record: Box<VmRecord>,
         choice: Choice,
@@ -356,6 +366,14 @@ impl Plan {
                 }
                 self.sealed(record, answers)
             }
+            (State::Asking { record, mut answers }, PlanEvent::Global(result)) => {
+                answers.looked(result);
+                self.asked(record, answers)
+            }
+            (State::Sealing { record, mut answers }, PlanEvent::Global(result)) => {
+                answers.looked(result);
+                self.sealed(record, answers)
+            }
             (
                 State::Fetching {
                     record,
@@ -395,6 +413,7 @@ impl Plan {
                 | PlanEvent::Raised(_)
                 | PlanEvent::Sealed { .. }
                 | PlanEvent::Fetched(_)
+                | PlanEvent::Global(_)
                 | PlanEvent::Started(_),
             ) => {
                 self.state = state;
@@ -433,6 +452,10 @@ impl Plan {
             Judged::Wait(record, answers) => {
                 self.state = State::Asking { record, answers };
                 Vec::new()
+            }
+            Judged::Look(record, answers) => {
+                self.state = State::Asking { record, answers };
+                vec![PlanAction::LookGlobal]
             }
             Judged::Fail(error) => self.fail(error),
             Judged::Go {
@@ -485,6 +508,10 @@ impl Plan {
                 self.state = State::Sealing { record, answers };
                 Vec::new()
             }
+            Judged::Look(record, answers) => {
+                self.state = State::Sealing { record, answers };
+                vec![PlanAction::LookGlobal]
+            }
             Judged::Fail(error) => self.fail(error),
             // The point of no return: enough holders have promised the new generation, so the old owner cannot commit
             // anything beyond what they have, whatever becomes of this node. What is left to do can only end in the
@@ -506,7 +533,23 @@ impl Plan {
     }
 
     /// What the answers of a phase allow.
-    fn judge(&self, record: Box<VmRecord>, answers: Answers, state: Left) -> Judged {
+    fn judge(&self, record: Box<VmRecord>, mut answers: Answers, state: Left) -> Judged {
+        let verdict = answers.verdict(&record);
+        let lacks = match &verdict {
+            Verdict::Wait | Verdict::Go(_) => false,
+            Verdict::TooFew => self.options.force,
+            Verdict::Nothing | Verdict::Assemble { .. } | Verdict::Loss { .. } => true,
+        };
+        if lacks && self.options.global {
+            match answers.global {
+                Look::NotAsked => {
+                    answers.global = Look::Asked;
+                    return Judged::Look(record, answers);
+                }
+                Look::Asked => return Judged::Wait(record, answers),
+                Look::Heard(_) | Look::Failed(_) => {}
+            }
+        }
         let vm = self.vm.clone();
         let holders = record.holders.len();
         let failures = answers.failures();
@@ -524,7 +567,10 @@ impl Plan {
             state,
             failures: failures.clone(),
         };
-        let (choice, otherwise) = match answers.verdict(&record) {
+        if let Look::Failed(why) = &answers.global {
+            notes.push(format!("the global store could not be looked at: {why}"));
+        }
+        let (choice, otherwise) = match verdict {
             Verdict::Wait => return Judged::Wait(record, answers),
             Verdict::TooFew if self.options.force && answers.newest().is_some() => {
                 let needed = seals_needed(holders, record.ack_quorum as usize);
@@ -536,10 +582,18 @@ impl Plan {
                 // What the others granted is not known: as much as they can have, up to now.
                 let terms = record.failover.and_then(|failover| failover.terms().ok());
                 granted = granted.max(terms.map_or(Duration::ZERO, LeaseTerms::guard));
-                match answers.newest() {
-                    Some(choice) => (choice, Otherwise::Fail),
-                    None => return Judged::Fail(PromoteError::Nothing { vm, state }),
+                let Some(choice) = answers.newest() else {
+                    return Judged::Fail(PromoteError::Nothing { vm, state });
+                };
+                // What the global store has may be old, and the registry says how old: to lose that is another word than
+                // to go on without the holders.
+                if let Some(why) = answers.global_behind(&choice, &record) {
+                    if !self.options.accept_loss {
+                        return Judged::Fail(loss(&why, Some(&choice)));
+                    }
+                    notes.push(format!("at a loss that was accepted: {why}"));
                 }
+                (choice, Otherwise::Fail)
             }
             Verdict::TooFew => {
                 return Judged::Fail(PromoteError::TooFewSeals {

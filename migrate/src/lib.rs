@@ -18,6 +18,7 @@ pub mod clock;
 pub mod crashsafe;
 pub mod detect;
 pub mod failover;
+pub mod global;
 pub mod image;
 pub mod lease;
 pub mod load;

@@ -29,7 +29,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use segment::{
-    CheckpointId, FormatError, FrameBuf, FrameEntry, Manifest, PageCheck, PageIndex, Record, RunData,
+    CheckpointId, FormatError, FrameBuf, FrameEntry, Manifest, PageCheck, PageIndex, ReadAt, Record, RunData,
     SegmentName, SegmentReader, Space, SpaceId, xor_into,
 };
 
@@ -80,13 +80,38 @@ pub struct LoadStats {
     pub bytes_written: u64,
 }
 
+/// Where a link is read from.
+pub(crate) enum Source {
+    /// A file of this host.
+    File(File),
+    /// Wherever else.
+    Remote(Box<dyn ReadAt + Send + Sync>),
+}
+
+impl ReadAt for Source {
+    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        match self {
+            Self::File(file) => file.read_exact_at(offset, buf),
+            Self::Remote(remote) => remote.read_exact_at(offset, buf),
+        }
+    }
+
+    fn len(&self) -> std::io::Result<u64> {
+        match self {
+            Self::File(file) => ReadAt::len(file),
+            Self::Remote(remote) => remote.len(),
+        }
+    }
+}
+
 /// One segment of the chain.
 #[derive(Debug)]
 struct Link {
-    path: PathBuf,
+    /// The file; none of one that is read where it is, which stays open.
+    path: Option<PathBuf>,
     entry: Entry,
-    /// Open, unless the chain has too many.
-    reader: Option<SegmentReader<File>>,
+    /// Open, unless the chain has too many files.
+    reader: Option<SegmentReader<Source>>,
 }
 
 /// A whole chain, checked for fit, and ready to be loaded any number of times. Its files stay open, so that merging
@@ -185,7 +210,7 @@ impl LoadPlan {
         for path in paths {
             let link = open_file(path)?;
             if let Some(first) = by_name.insert(link.entry.name.clone(), link) {
-                let (name, first) = (first.entry.name, first.path);
+                let (name, first) = (first.entry.name, first.path.unwrap_or_default());
                 return Err(LoadError::SameName {
                     name,
                     first,
@@ -203,12 +228,29 @@ impl LoadPlan {
             .collect();
         if let Some(link) = by_name.into_values().next() {
             return Err(LoadError::NotInChain {
-                path: link.path,
+                path: link.path.unwrap_or_default(),
                 name: link.entry.name,
                 tip,
             });
         }
         Self::of_links(links.into_iter().map(Ok))
+    }
+
+    /// A chain whose segments are open where they are: the full one first.
+    ///
+    /// # Errors
+    /// When they are not one whole chain, and as [`Self::new`].
+    pub(crate) fn of_remote(readers: Vec<SegmentReader<Source>>) -> Result<Self, LoadError> {
+        let link = |reader: SegmentReader<Source>| Link {
+            path: None,
+            entry: Entry::of(&reader),
+            reader: Some(reader),
+        };
+        let links: Vec<_> = readers.into_iter().map(link).collect();
+        let tip = links.last().ok_or(LoadError::Nothing)?.entry.name.clone();
+        chain_of(links.iter().map(|link| link.entry.clone()), &tip)
+            .map_err(|source| not_whole(&tip, source))?;
+        Self::of_links(links.into_iter().rev().map(Ok))
     }
 
     /// Checks the links, newest first, for fit.
@@ -249,7 +291,7 @@ impl LoadPlan {
                     tip: plan.manifest.name.clone(),
                 });
             }
-            if plan.links.len() >= MAX_OPEN_LINKS {
+            if plan.links.len() >= MAX_OPEN_LINKS && link.path.is_some() {
                 link.reader = None;
             }
             plan.links.push(link);
@@ -326,13 +368,13 @@ fn not_whole(tip: &SegmentName, source: ChainError) -> LoadError {
 
 fn open_link(store: &FsStore, name: &SegmentName) -> Result<Link, LoadError> {
     let (file, _) = store.open_raw(name).map_err(LoadError::Store)?;
-    let reader = SegmentReader::open(file).map_err(|source| LoadError::Segment {
+    let reader = SegmentReader::open(Source::File(file)).map_err(|source| LoadError::Segment {
         name: name.clone(),
         source,
     })?;
     // The file's own, not the index's: a store opened for reading may be behind.
     Ok(Link {
-        path: store.segment_path(name),
+        path: Some(store.segment_path(name)),
         entry: Entry::of(&reader),
         reader: Some(reader),
     })
@@ -343,12 +385,12 @@ fn open_file(path: &Path) -> Result<Link, LoadError> {
         path: path.to_owned(),
         source,
     })?;
-    let reader = SegmentReader::open(file).map_err(|source| LoadError::File {
+    let reader = SegmentReader::open(Source::File(file)).map_err(|source| LoadError::File {
         path: path.to_owned(),
         source,
     })?;
     Ok(Link {
-        path: path.to_owned(),
+        path: Some(path.to_owned()),
         entry: Entry::of(&reader),
         reader: Some(reader),
     })
@@ -357,12 +399,15 @@ fn open_file(path: &Path) -> Result<Link, LoadError> {
 /// Calls `f` with the link's reader, opening it when it is not.
 fn with_reader<R>(
     link: &Link,
-    f: impl FnOnce(&SegmentReader<File>) -> Result<R, LoadError>,
+    f: impl FnOnce(&SegmentReader<Source>) -> Result<R, LoadError>,
 ) -> Result<R, LoadError> {
     if let Some(reader) = &link.reader {
         return f(reader);
     }
-    let again = open_file(&link.path)?;
+    let Some(path) = &link.path else {
+        return Err(LoadError::Nothing);
+    };
+    let again = open_file(path)?;
     match &again.reader {
         Some(reader) if again.entry == link.entry => f(reader),
         Some(_) | None => Err(LoadError::Changed {
@@ -422,7 +467,7 @@ impl<T: Target> Load<'_, T> {
     fn link(
         &self,
         name: &SegmentName,
-        reader: &SegmentReader<File>,
+        reader: &SegmentReader<Source>,
         buf: &mut FrameBuf,
     ) -> Result<(), LoadError> {
         let frames = reader.index().len();
@@ -463,7 +508,7 @@ impl<T: Target> Load<'_, T> {
     fn frame(
         &self,
         name: &SegmentName,
-        reader: &SegmentReader<File>,
+        reader: &SegmentReader<Source>,
         i: usize,
         buf: &mut FrameBuf,
     ) -> Result<(), LoadError> {

@@ -294,6 +294,7 @@ impl World {
                 }))
             }
             PlanAction::Wait { time, .. } => PlanEvent::Waited { time },
+            PlanAction::LookGlobal => PlanEvent::Global(Ok(None)),
             PlanAction::Ask { holder, thorough } => {
                 assert!(!thorough, "no loss was accepted");
                 let h = &self.holders[holder.parse::<usize>().unwrap()];

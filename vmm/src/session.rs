@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use migrate::global::{Bucket, Found, Place, Remote};
 use migrate::load::{LoadError, LoadPlan};
 use migrate::protect::{CheckpointRequest, Parent, ProtectOptions, Protector};
 use migrate::registry::VmState;
@@ -97,6 +98,13 @@ pub enum RestoreFrom {
         segment: SegmentName,
         /// The image.
         image: ImageFiles,
+    },
+    /// A restore point in a global store, read where it is.
+    Global {
+        /// The global store.
+        place: Place,
+        /// The restore point.
+        segment: SegmentName,
     },
 }
 
@@ -812,6 +820,13 @@ fn load_plan(config: &SessionConfig, from: &RestoreFrom) -> Result<LoadPlan, Ses
         RestoreFrom::Image { dir, segment, .. } => {
             let store = FsStore::open_chain(dir, &segment.vm, Some(segment))?;
             plan_from(config, &store, Some(segment))
+        }
+        RestoreFrom::Global { place, segment } => {
+            let failed = |error| SessionError::Global(Box::new(error));
+            let remote = Bucket::open(place).and_then(Remote::new).map_err(failed)?;
+            let found = Found::Name(segment.clone());
+            let chain = remote.find(&segment.vm, found).map_err(failed)?;
+            Ok(remote.plan(&chain)?)
         }
         RestoreFrom::Store { dir, segment, .. } => {
             let vm = segment.as_ref().map_or(&config.name, |name| &name.vm);

@@ -6,7 +6,7 @@
 //!
 //! | Asked | Allowed to |
 //! |---|---|
-//! | status, list, show; reading the registry | everyone with a certificate of the cluster |
+//! | status, list (also of the global store), show; reading the registry | everyone with a certificate of the cluster |
 //! | ship a VM's segments | its owner under that generation, by the registry, with the role owner or execute |
 //! | seal | execute, for a generation that the registry has not given to another; owner, for one of its own |
 //! | what is held of a VM, what is seen of its owner and of that process | execute, store, operator |
@@ -126,6 +126,8 @@ pub(super) fn whose<'a>(asked: Asked<'a>) -> Option<(&'a VmId, Option<Generation
         | Call::Keep(_)
         | Call::Fold(_)
         | Call::Verify(_)
+        | Call::GlobalList(_)
+        | Call::GlobalVerify(_)
         | Call::Process(_)
         | Call::OwnerView(_)
         | Call::Import(_) => None,
@@ -156,7 +158,7 @@ pub(super) fn authorise(here: &str, peer: &Peer, asked: Asked<'_>, owner: &Owner
         return never(node, "ask anything here");
     }
     match call {
-        Call::Status(_) | Call::List(_) | Call::Show(_) => Ok(()),
+        Call::Status(_) | Call::List(_) | Call::Show(_) | Call::GlobalList(_) => Ok(()),
         Call::Keep(keep) if keep.policy.is_none() => Ok(()),
         // Whoever has this node's certificate is root on it.
         Call::Promote(_)
@@ -165,6 +167,7 @@ pub(super) fn authorise(here: &str, peer: &Peer, asked: Asked<'_>, owner: &Owner
         | Call::Keep(_)
         | Call::Fold(_)
         | Call::Verify(_)
+        | Call::GlobalVerify(_)
         | Call::Import(_)
             if this_node =>
         {
@@ -173,7 +176,9 @@ pub(super) fn authorise(here: &str, peer: &Peer, asked: Asked<'_>, owner: &Owner
         Call::Promote(_) => one_of(node, "promote a VM", &[CertRole::Operator]),
         Call::Drill(_) => one_of(node, "have a copy of a VM run", &[CertRole::Operator]),
         Call::Fold(_) => one_of(node, "have segments folded", &[CertRole::Operator]),
-        Call::Verify(_) => one_of(node, "have segments verified", &[CertRole::Operator]),
+        Call::Verify(_) | Call::GlobalVerify(_) => {
+            one_of(node, "have segments verified", &[CertRole::Operator])
+        }
         // Whose the segments are is known only when they have been read: an owner has Ship for its own.
         Call::Import(_) => one_of(node, "import an archive", &[CertRole::Operator]),
         // An agent passes these two on, for an operator, to the VM's other holders.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use segment::{Generation, VmId};
 
 use super::authority::{Asked, Denied};
-use super::{Inner, blocking, copy, drill, forget, keep, promote, software, watcher};
+use super::{Inner, blocking, copy, drill, forget, global, keep, promote, software, watcher};
 use crate::process;
 use crate::protocol::parent_of;
 use crate::registry::{Answered, RegistryAddr, RegistryError, RegistryRequest, Role};
@@ -152,6 +152,8 @@ async fn answer(inner: Arc<Inner>, call: Call, leases: &mut Leases) -> Answer {
             why: "an import without an archive".into(),
         }),
         Call::Verify(call) => keep::verify(&inner, call).await.map(Reply::Verified),
+        Call::GlobalList(call) => global::list(&inner, call).await.map(Reply::List),
+        Call::GlobalVerify(call) => global::check(&inner, call).await.map(Reply::Verified),
         Call::Drill(call) => drill::drill(&inner, call).await.map(Reply::Drilled),
         Call::OwnerView(call) => {
             let agent = inner.clone();
@@ -262,6 +264,7 @@ async fn status(inner: &Arc<Inner>) -> AgentStatus {
         keep: Some(inner.housekeeper.default_policy().to_string()),
         store_problem: inner.housekeeper.problem(),
         verified_unix_s: inner.housekeeper.checked_at(),
+        global: inner.global.as_ref().map(global::Global::status),
     }
 }
 

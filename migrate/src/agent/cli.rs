@@ -1,6 +1,7 @@
 //! The command line of `standby`.
 
 mod cluster;
+mod global;
 mod store;
 
 use std::io::{IsTerminal, Write};
@@ -61,6 +62,9 @@ enum Command {
     Ls {
         /// Only those of this VM.
         vm: Option<VmId>,
+        /// The restore points in the agent's global store instead, with the bytes of their whole chains.
+        #[arg(long)]
+        global: bool,
         /// As JSON.
         #[arg(long)]
         json: bool,
@@ -224,6 +228,8 @@ struct ServeArgs {
     /// The file whose first line is that user's password.
     #[arg(long, value_name = "FILE")]
     etcd_password_file: Option<PathBuf>,
+    #[command(flatten)]
+    global: global::Global,
 }
 
 /// KEY=VALUE.
@@ -323,7 +329,7 @@ impl Cli {
         };
         match self.command {
             Command::Serve(_) | Command::Ca(_) => Ok(()),
-            Command::Ls { vm, json } => ls(&agent, vm, json).await,
+            Command::Ls { vm, global, json } => ls(&agent, vm, global, json).await,
             Command::Keep(keep) => keep.run(&agent).await,
             Command::Explain(explain) => explain.run(&agent).await,
             Command::Drill(drill) => drill.run(&agent).await,
@@ -437,6 +443,7 @@ async fn serve(args: ServeArgs, identity: &IdentityArgs) -> Result<(), CliError>
             memory: args.hot_memory.map(|size| size.as_u64()),
             disk: args.hot_disk.map(|size| size.as_u64()),
         },
+        global: args.global.options(),
     };
     let agent = Agent::start(config).await?;
     // For scripts that wait for it, and that let the system choose the port.
@@ -476,7 +483,7 @@ async fn connect(agent: &Agency) -> Result<Client, CliError> {
 }
 
 /// All segments an agent holds, or those of one VM.
-async fn list(client: &mut Client, vm: Option<VmId>) -> Result<Vec<SegmentBrief>, CliError> {
+async fn list(client: &mut Client, vm: Option<VmId>, global: bool) -> Result<Vec<SegmentBrief>, CliError> {
     let mut segments: Vec<SegmentBrief> = Vec::new();
     loop {
         let after = segments.last().map(|s| s.name.clone());
@@ -485,7 +492,11 @@ async fn list(client: &mut Client, vm: Option<VmId>) -> Result<Vec<SegmentBrief>
             after,
             limit: MAX_PAGE_SEGMENTS,
         };
-        let Reply::List(page) = client.call(Call::List(call), READ_DEADLINE).await? else {
+        let call = match global {
+            true => Call::GlobalList(call),
+            false => Call::List(call),
+        };
+        let Reply::List(page) = client.call(call, READ_DEADLINE).await? else {
             return Err(CliError::Mismatch);
         };
         let end = !page.more || page.segments.is_empty();
@@ -496,11 +507,15 @@ async fn list(client: &mut Client, vm: Option<VmId>) -> Result<Vec<SegmentBrief>
     }
 }
 
-async fn ls(agent: &Agency, vm: Option<VmId>, json: bool) -> Result<(), CliError> {
+async fn ls(agent: &Agency, vm: Option<VmId>, global: bool, json: bool) -> Result<(), CliError> {
     let mut client = connect(agent).await?;
-    let segments = list(&mut client, vm.clone()).await?;
+    let segments = list(&mut client, vm.clone(), global).await?;
     if json {
         return print_json(&segments.iter().map(view::segment_json).collect::<Vec<_>>());
+    }
+    if global {
+        print(&view::segments(&segments, "the global store"));
+        return Ok(());
     }
     let mut text = view::segments(&segments, &client.welcome().node);
     if let Some(vm) = vm {

@@ -4,7 +4,8 @@
 //! same checkpoint in other files (deltas merged, a chain folded), so that links of different holders need not meet:
 //! then, and when what is here turns out to be damaged, the local copy is set aside and one holder's chain is taken as
 //! it is. Links that several holders have are fetched from all of them at once before that. Every link is verified and
-//! stored durably; what is here is not asked for again, so a holder that dies costs what it had half sent.
+//! stored durably; what is here is not asked for again, so a holder that dies costs what it had half sent. What no
+//! holder has comes from the global store, when there is one.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use std::time::Duration;
 
 use segment::{Generation, SegmentName};
 
-use super::{Inner, blocking, copy};
+use super::{Inner, blocking, copy, global};
 use crate::protocol::parent_of;
 use crate::store::{MAX_CHAIN_LINKS, Pace, Stored};
 use crate::transport::{Client, in_full};
@@ -58,7 +59,7 @@ pub(super) async fn fetch_again(inner: &Arc<Inner>, lost: Held) -> Result<(), St
         .into_iter()
         .filter(|h| *h != inner.address)
         .collect();
-    if others.is_empty() {
+    if others.is_empty() && inner.global.is_none() {
         return Err("the VM has no other holder".into());
     }
     let generation = inner.store.promised(vm).max(record.generation);
@@ -103,6 +104,16 @@ async fn gather_held(
         }
         match gathering.links(alone, &tip).await {
             Ok(()) => return Ok(gathering.replaced),
+            Err(why) => failures.push(why),
+        }
+    }
+    // Last, as it is the farthest.
+    if inner.global.is_some() {
+        match global::bring(inner, &tip, generation).await {
+            Ok(replaced) => {
+                gathering.replaced.extend(replaced);
+                return Ok(gathering.replaced);
+            }
             Err(why) => failures.push(why),
         }
     }

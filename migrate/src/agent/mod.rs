@@ -22,6 +22,7 @@ mod drill;
 mod drills;
 mod forget;
 mod gather;
+mod global;
 mod grants;
 mod history;
 mod host;
@@ -64,6 +65,7 @@ use member::Member;
 use sessions::Sessions;
 
 pub use door::{MAX_CONNECTIONS, MAX_OF_NODE, MAX_STRANGERS};
+pub use global::GlobalOptions;
 pub use hot::{HotStandby, VmPattern};
 pub use housekeep::Housekeeping;
 pub use member::LEASE_TTL;
@@ -117,6 +119,8 @@ pub struct AgentConfig {
     pub drill_every: Option<Duration>,
     /// Which VMs it keeps images of.
     pub hot: HotStandby,
+    /// Where committed checkpoints are kept for when no node is left.
+    pub global: Option<GlobalOptions>,
 }
 
 /// Why an agent did not start.
@@ -208,6 +212,7 @@ struct Inner {
     connections: AtomicU32,
     /// The rate at which segments of other holders are copied here.
     copying: Pace,
+    global: Option<global::Global>,
     stop: watch::Receiver<bool>,
 }
 
@@ -222,6 +227,7 @@ pub struct Agent {
     keeping: JoinHandle<()>,
     watching: JoinHandle<()>,
     drilling: JoinHandle<()>,
+    uploading: JoinHandle<()>,
 }
 
 impl Agent {
@@ -250,6 +256,7 @@ impl Agent {
             replace_after,
             hot,
             drill_every,
+            global,
         } = config;
         let name = identity.name().to_owned();
         check_name(&name)?;
@@ -298,6 +305,7 @@ impl Agent {
             draining: None,
             alive: None,
         };
+        let (max_links, rate) = (housekeeping.max_links, housekeeping.rate);
         let copying = housekeeping
             .rate
             .map_or_else(Pace::unlimited, Pace::bytes_per_second);
@@ -331,12 +339,14 @@ impl Agent {
             drills,
             connections: AtomicU32::new(0),
             copying,
+            global: global.map(|options| global::Global::new(options, max_links, rate)),
             stop: stopped,
         });
         hot::start(&inner).map_err(|source| AgentError::Data {
             path: inner.data.clone(),
             source,
         })?;
+        let uploading = tokio::spawn(global::run(inner.clone()));
         let watching = tokio::spawn(watcher::run(inner.clone()));
         let drilling = tokio::spawn(drills::run(inner.clone()));
         let keeping = tokio::spawn(housekeep::run(inner.clone()));
@@ -359,6 +369,7 @@ impl Agent {
             repairing,
             watching,
             drilling,
+            uploading,
         })
     }
 
@@ -389,6 +400,10 @@ impl Agent {
         self.inner.hot.stop();
         let agent = self.inner.clone();
         let _ = tokio::task::spawn_blocking(move || agent.hot.join()).await;
+        if let Some(global) = &self.inner.global {
+            global.stop();
+        }
+        self.uploading.abort();
         // A takeover that is under way has a task of its own.
         self.watching.abort();
         let _ = tokio::time::timeout(SHUTDOWN, self.drilling).await;

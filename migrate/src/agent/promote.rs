@@ -8,7 +8,7 @@ use segment::{Generation, SegmentName, VmId};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::{Inner, gather, history, host, spawn};
+use super::{Inner, gather, global, history, host, spawn};
 use crate::clock::boottime;
 use crate::failover::{
     Holding, Outcome, Plan, PlanAction, PlanEvent, PlanOptions, PromoteError, SealFailure,
@@ -86,6 +86,7 @@ pub(super) async fn promote(inner: &Arc<Inner>, call: PromoteCall) -> Result<Pro
         dry_run,
         accept_loss,
         force,
+        global: inner.global.is_some(),
     };
     let started = Instant::now();
     let refuse = |why: String| Err(Failure { why });
@@ -142,6 +143,7 @@ async fn carry_out(
                 PlanAction::Ask { .. } => "ask",
                 PlanAction::Seal { .. } => "seal",
                 PlanAction::Fetch { .. } => "fetch",
+                PlanAction::LookGlobal => "global",
                 PlanAction::Wait { .. } => "wait",
                 PlanAction::Start { .. } => "restore",
                 PlanAction::Finish(_) => "end",
@@ -228,6 +230,7 @@ async fn act(inner: &Arc<Inner>, vm: &VmId, action: PlanAction) -> PlanEvent {
             tip,
             generation,
         } => PlanEvent::Fetched(gather::gather(inner, &from, &tip, generation, thorough).await),
+        PlanAction::LookGlobal => PlanEvent::Global(global::committed(inner, vm).await),
         PlanAction::Start { record, tip } => PlanEvent::Started(spawn::restore(inner, &record, &tip).await),
         PlanAction::Wait { time, process } => PlanEvent::Waited {
             time: wait(inner, vm, time, process).await,

@@ -135,6 +135,28 @@ pub(super) fn points(vm: &VmId, list: &str, report: &KeepReport, status: &AgentS
             let _ = write!(out, "\n{}", drilled(last));
         }
     }
+    if let Some(global) = &status.global {
+        let of = global.vms.iter().find(|of| of.vm == *vm);
+        match of.and_then(|of| of.newest.as_ref().map(|newest| (newest, of.points))) {
+            Some((newest, points)) => {
+                let _ = write!(
+                    out,
+                    "\n{}: {points} restore points, the newest {newest}",
+                    global.address
+                );
+            }
+            None => {
+                let _ = write!(out, "\n{}: nothing of it yet", global.address);
+            }
+        }
+        for problem in of
+            .and_then(|of| of.problem.as_ref())
+            .into_iter()
+            .chain(&global.problem)
+        {
+            let _ = write!(out, "\nnot uploaded: {problem}");
+        }
+    }
     for damaged in &status.damaged {
         let _ = write!(out, "\ndamaged, set aside: {damaged}");
     }
@@ -354,6 +376,24 @@ pub(super) fn status(agent: &AgentStatus, nodes: &[NodeRecord], vms: &[VmRecord]
     }
     if let Some(problem) = &agent.store_problem {
         let _ = writeln!(out, "  the store could not be collected: {problem}");
+    }
+    if let Some(global) = &agent.global {
+        let points: u64 = global.vms.iter().map(|vm| vm.points).sum();
+        let _ = writeln!(
+            out,
+            "  {}: {points} restore points of {} VMs that are held here; keeps {}",
+            global.address,
+            global.vms.len(),
+            global.keep
+        );
+        if let Some(problem) = &global.problem {
+            let _ = writeln!(out, "  nothing is uploaded: {problem}");
+        }
+        for vm in &global.vms {
+            if let Some(problem) = &vm.problem {
+                let _ = writeln!(out, "  {} is not uploaded: {problem}", vm.vm);
+            }
+        }
     }
     if !agent.vms.is_empty() {
         let mut t = table(&[

@@ -11,11 +11,22 @@ use super::{Holding, seals_needed};
 use crate::registry::VmRecord;
 use crate::wire::SegmentBrief;
 
-/// Holders that answered, and holders that did not.
+/// Holders that answered, and holders that did not; and the global store, when it was needed.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Answers {
     pub(super) heard: Vec<(String, Holding)>,
     pub(super) failed: Vec<(String, String)>,
+    pub(super) global: Look,
+}
+
+/// What the global store has: only ever another copy, which proves nothing of what was committed.
+#[derive(Debug, Clone, Default)]
+pub(super) enum Look {
+    #[default]
+    NotAsked,
+    Asked,
+    Heard(Option<SegmentBrief>),
+    Failed(String),
 }
 
 /// A checkpoint to go on from.
@@ -53,7 +64,7 @@ impl Answers {
         let holders = record.holders.len();
         let needed = seals_needed(holders, record.ack_quorum as usize);
         let open = holders.saturating_sub(self.heard.len() + self.failed.len());
-        let best = newest(self.heard.iter().filter_map(|(_, h)| h.newest.as_ref()));
+        let best = self.best();
         if self.heard.len() >= needed && self.proves(best, record, needed) {
             return match best {
                 Some(tip) => Verdict::Go(self.choice(tip)),
@@ -80,9 +91,41 @@ impl Answers {
         }
     }
 
+    /// The newest whole one; of a holder rather than of the global store.
+    fn best(&self) -> Option<&SegmentBrief> {
+        let global = match &self.global {
+            Look::Heard(brief) => brief.as_ref(),
+            Look::NotAsked | Look::Asked | Look::Failed(_) => None,
+        };
+        let held = self.heard.iter().filter_map(|(_, h)| h.newest.as_ref());
+        newest(global.into_iter().chain(held))
+    }
+
     /// The newest of those that answered, whatever it proves.
     pub(super) fn newest(&self) -> Option<Choice> {
-        newest(self.heard.iter().filter_map(|(_, h)| h.newest.as_ref())).map(|tip| self.choice(tip))
+        self.best().map(|tip| self.choice(tip))
+    }
+
+    /// The answer of the global store.
+    pub(super) fn looked(&mut self, result: Result<Option<SegmentBrief>, String>) {
+        self.global = match result {
+            Ok(brief) => Look::Heard(brief),
+            Err(why) => Look::Failed(why),
+        };
+    }
+
+    /// What is lost with a choice that only the global store has, when the registry knows of more.
+    pub(super) fn global_behind(&self, choice: &Choice, record: &VmRecord) -> Option<String> {
+        let held = self.heard.iter().filter_map(|(_, h)| h.newest.as_ref());
+        let of_holder = held.into_iter().any(|brief| brief.held() == choice.tip.held());
+        let committed = record.newest.as_ref().filter(|_| !of_holder)?;
+        let behind = committed.name.position() > choice.tip.name.position();
+        behind.then(|| {
+            format!(
+                "the registry has {} as committed, and the global store has no more than {}",
+                committed.name, choice.tip.name
+            )
+        })
     }
 
     /// Whether nothing newer than `best` can have been committed.
@@ -123,15 +166,18 @@ impl Answers {
 
     /// Who was not reached, and why.
     pub(super) fn failures(&self) -> String {
-        if self.failed.is_empty() {
-            return "none".to_owned();
-        }
-        let each: Vec<_> = self
+        let mut each: Vec<_> = self
             .failed
             .iter()
             .map(|(holder, why)| format!("{holder} ({why})"))
             .collect();
-        each.join("; ")
+        if let Look::Failed(why) = &self.global {
+            each.push(format!("the global store ({why})"));
+        }
+        match each.is_empty() {
+            true => "none".to_owned(),
+            false => each.join("; "),
+        }
     }
 }
 

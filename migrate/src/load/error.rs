@@ -50,6 +50,9 @@ pub enum LoadError {
     /// A segment could not be opened.
     #[error("open a segment of the chain")]
     Store(#[source] StoreError),
+    /// The global store does not give it.
+    #[error(transparent)]
+    Global(Box<crate::global::GlobalError>),
     /// A file could not be opened.
     #[error("open {}", path.display())]
     Open {

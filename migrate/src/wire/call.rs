@@ -65,6 +65,12 @@ pub enum Call {
     /// Run a copy of a VM for a while, to see that it can be.
     #[n(23)]
     Drill(#[n(0)] DrillCall),
+    /// The restore points in the global store. Their bytes are those of the whole chain.
+    #[n(30)]
+    GlobalList(#[n(0)] ListCall),
+    /// Read what is in the global store again, and check every byte.
+    #[n(31)]
+    GlobalVerify(#[n(0)] VerifyCall),
 }
 
 /// An answer.
@@ -469,6 +475,56 @@ pub struct AgentStatus {
     /// When every segment was last read and checked in the background, in seconds of Unix time.
     #[n(13)]
     pub verified_unix_s: Option<u64>,
+    /// How the global store is; absent when it has none.
+    #[n(14)]
+    pub global: Option<GlobalStatus>,
+}
+
+/// How an agent keeps a global store.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct GlobalStatus {
+    /// Where it is.
+    #[n(0)]
+    pub address: String,
+    /// What is kept there.
+    #[n(1)]
+    pub keep: String,
+    /// Why it does not take anything; absent when it does.
+    #[n(2)]
+    pub problem: Option<String>,
+    /// The VMs that are held here, as they are there.
+    #[n(3)]
+    pub vms: Vec<GlobalVm>,
+    /// What the agent has uploaded since it started, in bytes.
+    #[n(4)]
+    pub uploaded_bytes: u64,
+    /// How many restore points it has made there since then.
+    #[n(5)]
+    pub uploaded_points: u64,
+    /// How often it failed since then.
+    #[n(6)]
+    pub failed: u64,
+}
+
+/// What is known of one VM in the global store.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[cbor(map)]
+pub struct GlobalVm {
+    /// The VM.
+    #[cbor(n(0), with = "crate::wire::value")]
+    #[serde(serialize_with = "super::text")]
+    pub vm: VmId,
+    /// The newest restore point.
+    #[cbor(n(1), with = "crate::wire::value", has_nil)]
+    #[serde(serialize_with = "super::text_or_null")]
+    pub newest: Option<SegmentName>,
+    /// How many there are.
+    #[n(2)]
+    pub points: u64,
+    /// Why nothing of it is uploaded; absent when something is.
+    #[n(3)]
+    pub problem: Option<String>,
 }
 
 /// What an agent knows of one VM.

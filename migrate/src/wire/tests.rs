@@ -535,6 +535,7 @@ fn replies() -> Vec<Message> {
         keep: None,
         store_problem: None,
         verified_unix_s: None,
+        global: None,
     };
     let detail = SegmentDetail {
         segment: brief(),

@@ -5,6 +5,7 @@ pub mod authority;
 pub mod etcd;
 pub mod model;
 pub mod process;
+pub mod s3;
 
 use std::io::Cursor;
 use std::path::Path;
@@ -141,6 +142,7 @@ pub fn config(dir: &Path, node: &str, registry: RegistryAddr) -> AgentConfig {
         offers: Vec::new(),
         hot: Default::default(),
         drill_every: None,
+        global: None,
         replace: false,
         run_dir: None,
         restore_timeout: None,

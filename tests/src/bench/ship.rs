@@ -40,6 +40,7 @@ pub(crate) async fn agent(lab: &Lab, data: &Path) -> Result<Agent> {
         offers: Vec::new(),
         hot: Default::default(),
         drill_every: None,
+        global: None,
         replace: false,
         run_dir: None,
         restore_timeout: None,

@@ -28,6 +28,7 @@ mod control;
 mod detach;
 mod devices;
 mod frames;
+mod global;
 mod host;
 mod inspect;
 mod logging;

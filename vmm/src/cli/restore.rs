@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use migrate::global::GlobalArgs;
 use migrate::store::{FsStore, Lineage, Moment, MomentError, StoreError};
 use segment::{CheckpointId, Generation, SegmentName, SegmentReader, VmId};
 
 use super::host::{self, Audience, Host};
 use super::logging::Log;
 use super::options::{Keeping, Manner, RunDir, absolute};
-use super::{CliError, Outcome, devices, on_runtime, rundir};
+use super::{CliError, Outcome, devices, global, on_runtime, rundir};
 use crate::api::instance::{Identity, Origin};
 use crate::clock::ClockPolicy;
 use crate::config::{CheckpointConfig, VmConfig};
@@ -23,13 +24,17 @@ use crate::session::{Bindings, ImageFiles, RestoreFrom, Session, SessionConfig, 
                         on.\nExamples:\n  vmm restore --name web                      # its newest checkpoint here\n  \
                         vmm restore web/1/42 --name web             # that one\n  \
                         vmm restore --from /data/store web --name copy --store /tmp/copy\n  \
+                        vmm restore web@-10m --from s3://pool/a --name copy     # of a global store\n  \
                         vmm restore --name copy full.seg delta.seg  # a chain of files\n  \
                         vmm restore --check full.seg                # can this host run it?"
 )]
 pub(super) struct Restore {
-    /// Folder of the store to take the checkpoint from [default: the VM's own]
-    #[arg(long, value_name = "DIR")]
+    /// Folder of the store to take the checkpoint from, or a global store: s3://BUCKET/PREFIX, file:///FOLDER [default:
+    /// the VM's own]
+    #[arg(long, value_name = "DIR|s3://..")]
     from: Option<PathBuf>,
+    #[command(flatten)]
+    global: GlobalArgs,
     /// The checkpoint, <vm>/<generation>/<epoch> [default: the newest that is whole]
     #[arg(long, value_name = "NAME")]
     segment: Option<SegmentName>,
@@ -196,6 +201,11 @@ impl Restore {
 
     fn wanted(&self, config: &VmConfig) -> Result<Wanted, CliError> {
         let given = self.name.as_deref().map(VmId::new).transpose()?;
+        if let Some(place) = global::place(self.from.as_deref(), &self.global)? {
+            let say = !self.manner.detached_child;
+            let (name, from) = global::wanted(place, &self.what, self.segment.as_ref(), given, say)?;
+            return Ok(Wanted { name, from });
+        }
         let text = |path: &Path| path.to_str().map(str::to_owned);
         let one = match self.what.as_slice() {
             [one] if !one.is_file() => text(one),

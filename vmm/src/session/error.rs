@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use migrate::global::GlobalError;
 use migrate::load::LoadError;
 use migrate::protect::ProtectError;
 use migrate::registry::RegistryError;
@@ -27,6 +28,9 @@ pub enum SessionError {
     /// The chain to restore from.
     #[error("load the checkpoint")]
     Load(#[from] LoadError),
+    /// The global store it is in.
+    #[error(transparent)]
+    Global(Box<GlobalError>),
     /// The records in it.
     #[error("read the machine's state from {name}")]
     State {

@@ -24,6 +24,7 @@ pub(super) fn check(
     }
     let sources = match from {
         RestoreFrom::Store { dir, .. } | RestoreFrom::Image { dir, .. } => vec![dir.clone()],
+        RestoreFrom::Global { .. } => Vec::new(),
         RestoreFrom::Files(paths) => paths.iter().filter_map(|path| store_of(path)).collect(),
     };
     for dir in sources.iter().chain([&config.store]) {
@@ -39,12 +40,13 @@ pub(super) fn check(
     match from {
         // Locked when it is opened.
         RestoreFrom::Store { dir, .. } if same(dir, &config.store) => Ok(()),
-        RestoreFrom::Store { .. } | RestoreFrom::Image { .. } | RestoreFrom::Files(_) => {
-            Err(SessionError::SecondCopy {
-                vm: config.name.clone(),
-                own: config.store.clone(),
-            })
-        }
+        RestoreFrom::Store { .. }
+        | RestoreFrom::Image { .. }
+        | RestoreFrom::Files(_)
+        | RestoreFrom::Global { .. } => Err(SessionError::SecondCopy {
+            vm: config.name.clone(),
+            own: config.store.clone(),
+        }),
     }
 }
 

@@ -100,6 +100,9 @@ pub(super) struct Verify {
     /// Only so many segments, chosen at random.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     sample: Option<u32>,
+    /// What is in the agent's global store instead, every byte of it. Nothing is repaired there.
+    #[arg(long, conflicts_with = "sample")]
+    global: bool,
     /// As JSON.
     #[arg(long)]
     json: bool,
@@ -112,7 +115,11 @@ impl Verify {
             vm: self.vm,
             sample: self.sample,
         };
-        let Reply::Verified(report) = client.call(Call::Verify(call), WORK_DEADLINE).await? else {
+        let call = match self.global {
+            true => Call::GlobalVerify(call),
+            false => Call::Verify(call),
+        };
+        let Reply::Verified(report) = client.call(call, WORK_DEADLINE).await? else {
             return Err(CliError::Mismatch);
         };
         match self.json {
@@ -217,7 +224,7 @@ async fn choose(client: &mut Client, what: &str) -> Result<SegmentName, CliError
         None => (what, None),
     };
     let vm = VmId::new(vm).map_err(|e| refuse(e.to_string()))?;
-    let segments = super::list(client, Some(vm.clone())).await?;
+    let segments = super::list(client, Some(vm.clone()), false).await?;
     let points: Vec<Point> = segments
         .into_iter()
         .filter(|segment| segment.complete)

@@ -110,6 +110,7 @@ impl Model {
                 PlanAction::ReadRecord
                 | PlanAction::Ask { .. }
                 | PlanAction::Fetch { .. }
+                | PlanAction::LookGlobal
                 | PlanAction::Start { .. }
                 | PlanAction::Finish(_) => {}
             }
@@ -127,6 +128,7 @@ impl Model {
                 PlanAction::ReadRecord
                 | PlanAction::Ask { .. }
                 | PlanAction::Fetch { .. }
+                | PlanAction::LookGlobal
                 | PlanAction::Start { .. }
                 | PlanAction::Finish(_) => true,
                 PlanAction::Raise { .. } | PlanAction::Seal { .. } | PlanAction::Wait { .. } => false,
@@ -289,6 +291,7 @@ impl Model {
                 PlanEvent::Fetched(if found { Ok(Vec::new()) } else { Err("gone".into()) })
             }
             PlanAction::Wait { time, .. } => PlanEvent::Waited { time },
+            PlanAction::LookGlobal => PlanEvent::Global(Ok(None)),
             PlanAction::Start { record, tip } => PlanEvent::Started(self.start(state, &record, at(&tip))),
             PlanAction::Finish(_) => {
                 state.candidates[c] = None;
@@ -313,6 +316,7 @@ impl Model {
             | PlanAction::Raise { .. }
             | PlanAction::Fetch { .. }
             | PlanAction::Wait { .. }
+            | PlanAction::LookGlobal
             | PlanAction::Start { .. }
             | PlanAction::Finish(_) => return,
         };

@@ -83,7 +83,8 @@ impl World {
             }
             PlanAction::Ask { holder, .. } | PlanAction::Seal { holder, .. } => place(holder),
             PlanAction::Fetch { from, .. } => from.first().and_then(|holder| place(holder)),
-            PlanAction::Finish(_) => None,
+            // No host here has a global store.
+            PlanAction::LookGlobal | PlanAction::Finish(_) => None,
         };
         if let Some(to) = to {
             let action = Box::new(action);
@@ -170,6 +171,7 @@ impl World {
             },
             PlanAction::Fetch { .. } => PlanEvent::Fetched(Err(why)),
             PlanAction::Wait { time, .. } => PlanEvent::Waited { time: *time },
+            PlanAction::LookGlobal => PlanEvent::Global(Err(why)),
             PlanAction::Start { .. } => PlanEvent::Started(Err(why)),
             PlanAction::Finish(_) => return,
         };
