@@ -1,6 +1,7 @@
 //! The command line of `standby`.
 
 mod cluster;
+mod config;
 mod global;
 mod store;
 
@@ -138,6 +139,9 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct ServeArgs {
+    /// A file with these options (TOML): `listen = "10.0.0.1:7400"`. What is on the command line wins.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Where to listen.
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7400")]
     listen: String,
