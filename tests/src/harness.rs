@@ -153,6 +153,8 @@ pub struct Cluster {
     pub agents: Vec<Agent>,
     machines: Vec<Machine>,
     hosts: Vec<Host>,
+    /// Where the registry is, when the first agent does not keep it.
+    registry: Option<String>,
 }
 
 impl Cluster {
@@ -171,6 +173,7 @@ impl Cluster {
             agents: Vec::new(),
             machines: Vec::new(),
             hosts: Vec::new(),
+            registry: None,
         };
         if !cluster.authority().exists() {
             run(Command::new(&cluster.binaries.standby)
@@ -180,6 +183,17 @@ impl Cluster {
             cluster.issue(OPERATOR, "operator")?;
         }
         Ok(cluster)
+    }
+
+    /// Agents that are started from now on have their registry there.
+    pub fn use_registry(&mut self, address: &str) {
+        self.registry = Some(address.to_owned());
+    }
+
+    /// Where everything is.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// The folder of the cluster's authority.
@@ -243,10 +257,9 @@ impl Cluster {
     fn start_agent_on(&mut self, host: Option<usize>, name: &str, more: &[&str]) -> Result<usize> {
         let address = format!("127.0.0.1:{}", free_port()?);
         let data = self.folder.join(name);
-        let registry = self
-            .agents
-            .first()
-            .map_or_else(|| "embedded".to_owned(), |a| a.address.clone());
+        let first = self.agents.first().map(|a| a.address.clone());
+        let registry = self.registry.clone().or(first);
+        let registry = registry.unwrap_or_else(|| "embedded".to_owned());
         let mut arguments: Vec<String> = [
             "serve",
             "--listen",
@@ -316,6 +329,20 @@ impl Cluster {
             Ok(std::net::TcpStream::connect(&address).ok())
         })?;
         Ok(())
+    }
+
+    /// Starts an agent again as a new node of its name, with nothing.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn restart_emptied(&mut self, index: usize) -> Result<()> {
+        let agent = &mut self.agents[index];
+        if agent.data.exists() {
+            std::fs::remove_dir_all(&agent.data)?;
+        }
+        std::fs::create_dir_all(&agent.data)?;
+        agent.arguments.push("--replace".to_owned());
+        self.restart_agent(index)
     }
 
     /// SIGKILLs an agent.

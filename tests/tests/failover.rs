@@ -100,6 +100,7 @@ fn the_demo_without_anyones_help_goes_as_it_says() {
     let json = folder.path().join("figures/demo.json");
     let options = Options {
         auto: true,
+        cluster: false,
         detect: "default".into(),
         keep: false,
         folder: Some(folder.path().join("demo")),

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use understudy_tests::demo::{self, Options};
 use understudy_tests::harness::{Cluster, counter, epoch, run, run_json, wait_for};
 use understudy_tests::s3::{Keys, S3};
 
@@ -125,6 +126,27 @@ fn a_vm_goes_on_and_is_copied_from_a_bucket_when_no_holder_is_left() {
         counter(&last_words, "writes").map(|last| last / 2),
     );
     cluster.own(machine);
+}
+
+#[test]
+fn the_demo_of_a_cluster_goes_as_it_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("figures/demo.json");
+    let options = Options {
+        auto: false,
+        cluster: true,
+        detect: "default".into(),
+        keep: false,
+        folder: Some(folder.path().join("demo")),
+        json: json.clone(),
+        epochs: 5,
+        slow: true,
+    };
+    let figures = demo::tell(&options).unwrap();
+    assert_eq!(figures.bad_pages, 0);
+    let written: serde_json::Value = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
+    assert!(written["cluster"]["points"].as_u64().unwrap() > 0, "{written}");
+    assert!(["alder", "birch"].contains(&written["cluster"]["node"].as_str().unwrap()));
 }
 
 /// The guest is heard to write, and finds nothing wrong with what it wrote before.

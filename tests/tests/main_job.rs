@@ -72,6 +72,7 @@ fn the_demo_goes_as_it_says() {
     let json = folder.path().join("figures/demo.json");
     let options = Options {
         auto: false,
+        cluster: false,
         detect: "default".into(),
         keep: false,
         folder: Some(folder.path().join("demo")),

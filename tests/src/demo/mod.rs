@@ -15,6 +15,9 @@ use serde::Serialize;
 use crate::harness::{Cluster, counter, epoch, first_counter, run_json, wait_for};
 
 mod auto;
+mod cluster;
+
+pub use cluster::ClusterFigures;
 
 /// What the demo does.
 #[derive(Debug, Clone, clap::Args)]
@@ -25,6 +28,10 @@ pub struct Options {
     /// How soon a lost owner is noticed, with --auto: default, fast, or like ttl=1000ms,renew=200ms.
     #[arg(long, value_name = "PROFILE", default_value = "default")]
     pub detect: String,
+    /// A cluster: a real etcd, an S3-compatible server, a node that only stores; a holder is lost and replaced, and the
+    /// guest goes on where nothing of it was, when no holder is left.
+    #[arg(long, conflicts_with_all = ["auto", "keep"])]
+    pub cluster: bool,
     /// Leave everything running, to play with.
     #[arg(long)]
     pub keep: bool,
@@ -60,6 +67,9 @@ pub struct Figures {
     /// What nobody had to do, of a takeover without help.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auto: Option<AutoFigures>,
+    /// What a cluster did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster: Option<ClusterFigures>,
     /// Bytes of the changed pages in all checkpoints.
     pub bytes_raw: u64,
     /// Bytes sent to one holder for them.
@@ -112,9 +122,13 @@ pub fn tell(options: &Options) -> Result<Figures> {
         // The folder must outlive this process.
         let _ = temporary.keep();
     }
-    let (figures, agent) = match options.auto {
-        true => auto::tell(options, &mut cluster)?,
-        false => (by_hand(options, &mut cluster)?, 1),
+    let (figures, agent) = if options.cluster {
+        let (figures, agent, _servers) = cluster::tell(options, &mut cluster)?;
+        (figures, agent)
+    } else if options.auto {
+        auto::tell(options, &mut cluster)?
+    } else {
+        (by_hand(options, &mut cluster)?, 1)
     };
     write(&options.json, &figures)?;
     if options.keep {
@@ -278,10 +292,13 @@ fn go_on(
     say(format!(
         "     first heard again at {resumed_from} pages written, {now} by now; {bad_pages} bad pages"
     ));
-    say(format!(
-        "     it is protected again: {} checkpoints since, last committed {}",
-        status["checkpoints"], status["committed"]
-    ));
+    match status["committed"].as_str() {
+        Some(committed) => say(format!(
+            "     it is protected again: {} checkpoints since, last committed {committed}",
+            status["checkpoints"]
+        )),
+        None => say("     its holders are gone: it is protected again when they are back"),
+    }
     say(format!(
         "     {} of changed pages became {} on the wire to two holders",
         ByteSize(seen.raw).display().iec(),
@@ -305,6 +322,7 @@ fn go_on(
         bad_pages,
         promote_to_running_ms: running_ms,
         auto: None,
+        cluster: None,
         bytes_raw: seen.raw,
         bytes_shipped: seen.shipped,
     })
