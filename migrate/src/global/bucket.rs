@@ -313,22 +313,23 @@ impl Bucket {
         }
     }
 
-    /// Makes a restore point. The very same one there already is as good.
+    /// Makes a restore point; that which is there then, and whether it was made by this. One of the very same checkpoint that is
+    /// there already is as good, and has parts of its own.
     ///
     /// # Errors
     /// [`GlobalError::DuplicateName`] when that name is another checkpoint's.
-    pub(super) async fn put_point(&self, chain: &ChainRecord) -> Result<bool, GlobalError> {
+    pub(super) async fn put_point(&self, chain: ChainRecord) -> Result<(ChainRecord, bool), GlobalError> {
         let tip = chain.tip();
         let path = self.point_path(&tip.name);
         if self
             .put_new("store a restore point", &path, chain.encode())
             .await?
         {
-            return Ok(true);
+            return Ok((chain, true));
         }
         let there = self.point(&tip.name).await?;
         match there.tip().checkpoint == tip.checkpoint {
-            true => Ok(false),
+            true => Ok((there, false)),
             false => Err(GlobalError::DuplicateName {
                 name: tip.name.clone(),
                 place: self.place.clone(),
@@ -531,14 +532,17 @@ fn s3(bucket: &str, args: &GlobalArgs) -> Result<object_store::aws::AmazonS3, St
     } else if builder.get_config_value(&AmazonS3ConfigKey::Region).is_none() {
         builder = builder.with_region("us-east-1");
     }
-    let from_env = builder.get_config_value(&AmazonS3ConfigKey::Endpoint);
+    // The one for S3 alone goes before the other, and before what is set here unless it is set itself.
+    let from_env = builder
+        .get_config_value(&AmazonS3ConfigKey::S3Endpoint)
+        .or_else(|| builder.get_config_value(&AmazonS3ConfigKey::Endpoint));
     let mut options = ClientOptions::new()
         .with_connect_timeout(CONNECT_TIMEOUT)
         .with_timeout(REQUEST_TIMEOUT);
     if let Some(url) = args.global_endpoint.clone().or(from_env) {
         let url = endpoint(&url).map_err(|e| e.to_string())?;
         options = options.with_allow_http(url.starts_with("http://"));
-        builder = builder.with_endpoint(url);
+        builder = builder.with_config(AmazonS3ConfigKey::S3Endpoint, url);
     }
     builder
         .with_client_options(options)

@@ -39,6 +39,15 @@ pub async fn fetch(
             // Of a chain that is not whole here only what stands on the same links is of use.
             let stands = entry.parent().map(|(name, id)| (name.clone(), id));
             let wanted = below.map(|below| (below.name.clone(), below.checkpoint));
+            if entry.checkpoint != link.checkpoint && store.chain(&link.name).is_ok() {
+                // Whole here: the store's word is not enough to take it away, nor what stands on it.
+                return Err(GlobalError::DuplicateName {
+                    name: link.name.clone(),
+                    place: "this agent's store".into(),
+                    held: entry.checkpoint,
+                    offered: link.checkpoint,
+                });
+            }
             if entry.checkpoint != link.checkpoint || stands != wanted {
                 let (of, name) = (store.clone(), link.name.clone());
                 blocking(move || Ok(of.set_aside(&name)?)).await?;

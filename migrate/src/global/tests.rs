@@ -149,6 +149,27 @@ fn what_goes_up_comes_down_the_same_and_only_what_is_new_goes_up_again() {
     });
 }
 
+/// A collection goes by the records that an agent remembers: what it sent itself may be named by no point.
+#[test]
+fn of_two_that_send_the_same_both_know_the_point_that_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = filled(dir.path(), 3);
+    let (bucket, _) = bucket();
+    runtime().block_on(async {
+        let tip = held(&store, "web/1/3");
+        let send = async || {
+            let pace = Pace::unlimited();
+            upload(&bucket, &store, &tip, None, 1000, HOUR, &pace)
+                .await
+                .unwrap()
+        };
+        let (first, second) = (send().await, send().await);
+        assert!(first.made && !second.made);
+        let there = bucket.point(&tip.name).await.unwrap();
+        assert_eq!((&first.chain, &second.chain), (&there, &there));
+    });
+}
+
 #[test]
 fn a_chain_that_was_folded_here_goes_on_there_until_it_is_too_long() {
     let dir = tempfile::tempdir().unwrap();
@@ -479,11 +500,11 @@ fn a_folder_is_a_global_store_and_is_not_made_when_it_is_away() {
             ..LinkRecord::of(&store.get(&tip.name).unwrap(), [1; 16])
         }])
         .unwrap();
-        let error = bucket.put_point(&other).await.unwrap_err();
+        let error = bucket.put_point(other.clone()).await.unwrap_err();
         assert!(matches!(error, GlobalError::DuplicateName { .. }), "{error}");
         // The share goes away under it.
         std::fs::rename(&share, dir.path().join("away")).unwrap();
-        let error = bucket.put_point(&other).await.unwrap_err();
+        let error = bucket.put_point(other.clone()).await.unwrap_err();
         let missing = matches!(
             &error,
             GlobalError::Refused {

@@ -78,7 +78,8 @@ pub async fn upload(
             name: tip.name.clone(),
         });
     }
-    let made = bucket.put_point(&chain).await?;
+    // Of another's, the parts that were sent here are nobody's.
+    let (chain, made) = bucket.put_point(chain).await?;
     Ok(Uploaded {
         chain,
         segments,

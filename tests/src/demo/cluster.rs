@@ -89,7 +89,9 @@ pub(super) fn tell(options: &Options, cluster: &mut Cluster) -> Result<(Figures,
         "2/8  On oak, a guest of {memory_mib} MiB that writes {work_mib} MiB of stamped pages; two holders are chosen, on two \
          racks."
     ));
-    let any = cluster.agents[0].address.clone();
+    // Each of them answers for the registry, so that it is none's death that takes it away.
+    let all: Vec<_> = cluster.agents.iter().map(|agent| agent.address.clone()).collect();
+    let any = all.join(",");
     let (memory, work) = (
         format!("{memory_mib}M"),
         format!("mib={work_mib} rate={rate} verify=4 heartbeat_ms=100"),
