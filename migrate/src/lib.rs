@@ -22,6 +22,7 @@ pub mod global;
 pub mod image;
 pub mod lease;
 pub mod load;
+mod mutex;
 pub mod placement;
 pub mod process;
 pub mod protect;

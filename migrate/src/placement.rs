@@ -354,6 +354,17 @@ pub struct Watched {
     pub gone_for: Option<Duration>,
 }
 
+impl Watched {
+    /// As one sees it who has not watched: it lives, or has just gone.
+    #[must_use]
+    pub fn at_first_sight(node: NodeRecord) -> Self {
+        Self {
+            gone_for: (!node.is_alive()).then_some(Duration::ZERO),
+            node,
+        }
+    }
+}
+
 /// One change of a VM's holders that is called for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Repair {

@@ -100,13 +100,7 @@ fn the_demo_without_anyones_help_goes_as_it_says() {
     let json = folder.path().join("figures/demo.json");
     let options = Options {
         auto: true,
-        cluster: false,
-        detect: "default".into(),
-        keep: false,
-        folder: Some(folder.path().join("demo")),
-        json: json.clone(),
-        epochs: 5,
-        slow: false,
+        ..Options::short(folder.path().join("demo"), json.clone())
     };
     let figures = demo::tell(&options).unwrap();
     assert_eq!(figures.bad_pages, 0);

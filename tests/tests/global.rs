@@ -133,14 +133,9 @@ fn the_demo_of_a_cluster_goes_as_it_says() {
     let folder = tempfile::tempdir().unwrap();
     let json = folder.path().join("figures/demo.json");
     let options = Options {
-        auto: false,
         cluster: true,
-        detect: "default".into(),
-        keep: false,
-        folder: Some(folder.path().join("demo")),
-        json: json.clone(),
-        epochs: 5,
         slow: true,
+        ..Options::short(folder.path().join("demo"), json.clone())
     };
     let figures = demo::tell(&options).unwrap();
     assert_eq!(figures.bad_pages, 0);

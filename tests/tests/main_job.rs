@@ -70,16 +70,7 @@ fn state(cluster: &Cluster, name: &str, run_dir: &Path) -> String {
 fn the_demo_goes_as_it_says() {
     let folder = tempfile::tempdir().unwrap();
     let json = folder.path().join("figures/demo.json");
-    let options = Options {
-        auto: false,
-        cluster: false,
-        detect: "default".into(),
-        keep: false,
-        folder: Some(folder.path().join("demo")),
-        json: json.clone(),
-        epochs: 5,
-        slow: false,
-    };
+    let options = Options::short(folder.path().join("demo"), json.clone());
     let figures = demo::tell(&options).unwrap();
     assert_eq!(figures.bad_pages, 0);
     assert!(figures.epochs_committed >= 5);

@@ -511,12 +511,7 @@ impl Session {
     /// [`SessionError`]: protection is as it was.
     pub async fn protect(&self, protection: Option<Protection>) -> Result<(), SessionError> {
         let mut guard = self.guard.lock().await;
-        if self.forgotten()
-            && let Some(mut on) = guard.take()
-        {
-            // There is no place left to give back: what follows is as for a VM that never had one.
-            self.stop_shipping(&mut on).await;
-        }
+        self.leave_if_forgotten(&mut guard).await;
         match (guard.as_mut(), protection) {
             // Being without it is what is wanted, then.
             (None, None) => lock(&self.progress).forgotten = None,
@@ -568,10 +563,14 @@ impl Session {
         Ok(())
     }
 
-    /// The registry does not know it any more, and it was protected. Its name goes on there with a higher generation, and
-    /// this process has only its own: no protection is had for it again.
-    fn forgotten(&self) -> bool {
-        lock(&self.progress).forgotten.is_some()
+    /// Lets go of a place in the cluster that the registry does not know any more: what follows is as for a VM that never had
+    /// one. (Its name goes on there with a higher generation, and this process has only its own: no protection is had for
+    /// it again.)
+    async fn leave_if_forgotten(&self, guard: &mut Option<Guard>) {
+        let forgotten = lock(&self.progress).forgotten.is_some();
+        if forgotten && let Some(mut on) = guard.take() {
+            self.stop_shipping(&mut on).await;
+        }
     }
 
     async fn announce_if_running(&self, ownership: &Ownership) -> Result<(), SessionError> {
@@ -691,11 +690,7 @@ impl Session {
     pub async fn stop(&self, drain: Duration) -> Result<StopReport, SessionError> {
         let mut report = StopReport::clean();
         let mut guard = self.guard.lock().await;
-        if self.forgotten()
-            && let Some(mut on) = guard.take()
-        {
-            self.stop_shipping(&mut on).await;
-        }
+        self.leave_if_forgotten(&mut guard).await;
         self.checkpoints.every(None);
         let live = matches!(
             *self.vm.state().borrow(),

@@ -10,13 +10,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use segment::{SpaceId, VmId};
 
 use super::{Inner, blocking, drill, hot, view};
 use crate::crashsafe::Disk;
+use crate::mutex::lock;
 use crate::registry::{Role, VmState};
 use crate::wire::{DrillCall, DrillReport, Failure, LastDrill};
 
@@ -39,10 +40,6 @@ pub(super) struct Drills {
     since: Duration,
     /// Shared by drills and the status; held for moments.
     last: Mutex<BTreeMap<VmId, LastDrill>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Unix time.

@@ -15,7 +15,7 @@
 //! nowhere else.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use segment::{Epoch, Generation, SegmentName, VmId};
@@ -25,6 +25,7 @@ use super::Inner;
 use crate::clock::boottime;
 use crate::global::collect::{Seen, collect};
 use crate::global::{Bucket, ChainRecord, Checked, GlobalError, Place, fetch, upload, verify};
+use crate::mutex::lock;
 use crate::placement::{Watched, caretaker};
 use crate::registry::VmRecord;
 use crate::store::{KeepPolicy, Pace};
@@ -97,10 +98,6 @@ struct Known {
     seen: Seen,
     records: BTreeMap<SegmentName, ChainRecord>,
     collected: Option<Duration>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// When to look again after so many failures in a row.
@@ -205,13 +202,7 @@ async fn pass(inner: &Arc<Inner>, global: &Global) -> Result<(), GlobalError> {
         // What is committed is not known: said where the registry's own state is.
         return Ok(());
     };
-    let nodes: Vec<_> = nodes
-        .into_iter()
-        .map(|node| Watched {
-            gone_for: (!node.is_alive()).then_some(Duration::ZERO),
-            node,
-        })
-        .collect();
+    let nodes: Vec<_> = nodes.into_iter().map(Watched::at_first_sight).collect();
     let held = |record: &&VmRecord| record.newest.is_some() && record.holders.contains(&inner.address);
     let held: Vec<_> = vms.iter().filter(held).collect();
     lock(&global.state)
@@ -512,14 +503,7 @@ pub(super) async fn check(inner: &Inner, call: VerifyCall) -> Result<VerifyRepor
         Some(vm) => vec![vm],
         None => bucket.vms().await.map_err(failed)?,
     };
-    let mut report = VerifyReport {
-        checked: 0,
-        bytes: 0,
-        problems: Vec::new(),
-        bad: 0,
-        repaired: 0,
-        incomplete: 0,
-    };
+    let mut report = VerifyReport::default();
     for vm in vms {
         let names = bucket.points(&vm).await.map_err(failed)?;
         let mut checked = Checked::default();

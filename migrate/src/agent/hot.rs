@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,7 @@ use segment::{SegmentName, VmId};
 
 use super::{Inner, blocking, spawn, view};
 use crate::image::{Image, ImageError, ImageSize, TakenImage};
+use crate::mutex::lock;
 use crate::registry::Role;
 use crate::store::{Entry, FsStore};
 use crate::transport::in_full;
@@ -166,10 +167,6 @@ pub(super) struct Hot {
     room_kept: Mutex<Option<Instant>>,
     stopped: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Hot {

@@ -13,7 +13,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use segment::{SegmentName, VmId};
@@ -21,6 +21,7 @@ use tokio::sync::oneshot;
 
 use super::Inner;
 use super::gather::fetch_again;
+use crate::mutex::lock;
 use crate::protect::DEFAULT_MAX_LINKS;
 use crate::registry::RegistryError;
 use crate::store::{CollectOptions, Collected, FsStore, Health, KeepPolicy, Pace, SegmentCheck, StoreError};
@@ -171,10 +172,6 @@ impl Housekeeper {
             pace: self.collect_pace.clone(),
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Keeps the store until the agent stops.

@@ -148,14 +148,7 @@ pub(super) async fn verify(inner: &Arc<Inner>, call: VerifyCall) -> Result<Verif
     if let Some(sample) = sample {
         choose(&mut names, sample as usize);
     }
-    let mut report = VerifyReport {
-        checked: 0,
-        bytes: 0,
-        problems: Vec::new(),
-        bad: 0,
-        repaired: 0,
-        incomplete: 0,
-    };
+    let mut report = VerifyReport::default();
     for name in names {
         check_into(inner, &name, &mut report).await;
     }

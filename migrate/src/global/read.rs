@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use segment::{Digest, Manifest, ReadAt, SegmentName, SegmentReader, VmId};
 use tokio::runtime::Runtime;
@@ -15,6 +15,7 @@ use tokio::runtime::Runtime;
 use super::bucket::part_bytes;
 use super::{Bucket, ChainRecord, GlobalError, LinkRecord, PART_BYTES};
 use crate::load::{LoadError, LoadPlan, Source};
+use crate::mutex::lock;
 use crate::store::{Moment, MomentError};
 use crate::wire::Held;
 
@@ -70,10 +71,6 @@ type Key = ([u8; 16], SegmentName, u64);
 /// A block, read by the first who needs it while the others wait for it.
 #[derive(Debug, Default)]
 struct Block(Mutex<Option<Arc<Vec<u8>>>>);
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 impl Remote {
     /// Of a bucket.

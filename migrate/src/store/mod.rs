@@ -62,7 +62,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use segment::{
     CheckpointId, Digest, Epoch, Generation, Kind, ReadAt, SegmentName, SegmentReader, Summary, VmId, limits,
@@ -83,6 +83,7 @@ pub use pace::{Hurry, Pace, Paced};
 pub use promise::{Promise, promise};
 
 use crate::crashsafe::{Disk, DiskError};
+use crate::mutex::lock;
 use incoming::Quota;
 use index::Index;
 
@@ -519,10 +520,6 @@ pub(crate) fn chain_of(
 }
 
 /// A mutex's content. A thread that panicked under it left it whole: every change under these locks is one call.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// A name as one path component.
 fn flat(name: &SegmentName) -> String {
     format!("{}-{}-{}", name.vm, name.generation, name.epoch)

@@ -287,7 +287,7 @@ pub struct VerifyCall {
 }
 
 /// What a check found.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Encode, Decode, Serialize)]
 #[cbor(map)]
 pub struct VerifyReport {
     /// How many segments were read whole.

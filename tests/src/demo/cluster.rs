@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::{Figures, ORDINARY, Options, SLOW, VM, go_on, say, watch};
+use super::{Figures, ORDINARY, Options, SLOW, VM, go_on, promoted, say, watch};
 use crate::etcd::Etcd;
 use crate::harness::{Cluster, counter, epoch, run, run_json, wait_for};
 use crate::s3::{Keys, S3};
@@ -186,13 +186,7 @@ pub(super) fn tell(options: &Options, cluster: &mut Cluster) -> Result<(Figures,
         "     standby promote demo: refused, too few holders answer to fence its owner. oak is off for certain, so:",
     );
     let report = run_json(cluster.standby(lost).args(["promote", VM, "--force", "--json"]))?;
-    let running_ms = report["promote_to_running_ms"]
-        .as_f64()
-        .context("the report has no promote_to_running_ms")?;
-    let pid = report["pid"]
-        .as_u64()
-        .and_then(|pid| u32::try_from(pid).ok())
-        .context("the report has no pid")?;
+    let (running_ms, pid) = promoted(&report)?;
     say(format!(
         "     standby promote demo --force: {} from the bucket, running at {lost_name} after {running_ms:.0} ms",
         report["resumed_from"].as_str().unwrap_or("?")

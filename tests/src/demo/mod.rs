@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use bytesize::ByteSize;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::harness::{Cluster, counter, epoch, first_counter, run_json, wait_for};
 
@@ -47,6 +48,35 @@ pub struct Options {
     /// A small guest that writes little, for an emulated machine.
     #[arg(long)]
     pub slow: bool,
+}
+
+impl Options {
+    /// The short one of a test: all of it in `folder`, and the figures in `json`.
+    #[must_use]
+    pub fn short(folder: PathBuf, json: PathBuf) -> Self {
+        Self {
+            auto: false,
+            detect: "default".into(),
+            cluster: false,
+            keep: false,
+            folder: Some(folder),
+            json,
+            epochs: 5,
+            slow: false,
+        }
+    }
+}
+
+/// What a promote reported: after how many milliseconds the guest ran, and as which process.
+fn promoted(report: &Value) -> Result<(f64, u32)> {
+    let running_ms = report["promote_to_running_ms"]
+        .as_f64()
+        .context("the report has no promote_to_running_ms")?;
+    let pid = report["pid"]
+        .as_u64()
+        .and_then(|pid| u32::try_from(pid).ok())
+        .context("the report has no pid")?;
+    Ok((running_ms, pid))
 }
 
 /// The figures of a run.
@@ -184,13 +214,7 @@ fn by_hand(options: &Options, cluster: &mut Cluster) -> Result<Figures> {
     let start = Instant::now();
     let report = run_json(cluster.standby(1).args(["promote", VM, "--json"]))?;
     let total = start.elapsed();
-    let running_ms = report["promote_to_running_ms"]
-        .as_f64()
-        .context("the report has no promote_to_running_ms")?;
-    let pid = report["pid"]
-        .as_u64()
-        .and_then(|pid| u32::try_from(pid).ok())
-        .context("the report has no pid")?;
+    let (running_ms, pid) = promoted(&report)?;
     let from = report["resumed_from"]["name"]
         .as_str()
         .or(report["resumed_from"].as_str())

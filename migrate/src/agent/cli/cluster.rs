@@ -58,13 +58,7 @@ impl Explain {
         };
         let placement = placement::place(&placing, &nodes);
         // For how long a node is gone is known to those who watch: here it has just gone.
-        let watched: Vec<_> = nodes
-            .into_iter()
-            .map(|node| Watched {
-                gone_for: (!node.is_alive()).then_some(Duration::ZERO),
-                node,
-            })
-            .collect();
+        let watched: Vec<_> = nodes.into_iter().map(Watched::at_first_sight).collect();
         let verdict = match placement::repair(&vm, &watched, Duration::MAX) {
             Verdict::Right => "its holders are as they should be".to_owned(),
             Verdict::Wait(why) => format!("waiting: {why}"),

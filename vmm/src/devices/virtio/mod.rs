@@ -158,8 +158,8 @@ pub trait Device: Send {
     fn queue_sizes(&self) -> &[u16];
     /// Its configuration space.
     fn config(&self) -> Vec<u8>;
-    /// The driver writes to the configuration space.
-    fn write_config(&mut self, offset: usize, data: &[u8]);
+    /// The driver writes to the configuration space. Nothing of most can be written.
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
     /// The driver is ready, with these features. Also called after a restore.
     fn activate(&mut self, features: u64);
     /// The driver resets it. Nothing is in flight any more.

@@ -38,8 +38,6 @@ impl Device for Rng {
         Vec::new()
     }
 
-    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
-
     fn activate(&mut self, _features: u64) {}
 
     fn reset(&mut self) {}

@@ -237,8 +237,6 @@ impl Device for Vsock {
         self.mux.guest_cid.to_le_bytes().to_vec()
     }
 
-    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
-
     fn activate(&mut self, _features: u64) {
         self.buffers = true;
     }
