@@ -228,13 +228,13 @@ async fn status(inner: &Arc<Inner>) -> AgentStatus {
     let vms = tokio::task::spawn_blocking(move || {
         let vms = store.vms().into_iter().take(MAX_STATUS_VMS);
         vms.map(|vm| {
-            let entries = store.entries(&vm);
+            let held = store.sum(&vm);
             let (hot_at, cold) = agent.hot.standing(&vm);
             VmStatus {
                 promised: store.promised(&vm),
-                segments: entries.len() as u64,
-                bytes: entries.iter().map(|e| e.bytes).sum(),
-                newest: store.newest_complete(&vm).map(|e| brief(&store, &e)),
+                segments: held.segments as u64,
+                bytes: held.bytes,
+                newest: held.newest.map(|(entry, links)| with_links(&entry, links)),
                 shipping: sessions.owner(&vm),
                 hot_at,
                 cold,

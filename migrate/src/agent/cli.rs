@@ -234,6 +234,9 @@ struct ServeArgs {
     etcd_password_file: Option<PathBuf>,
     #[command(flatten)]
     global: global::Global,
+    /// Where to answer `GET /metrics` (OpenMetrics text, plain HTTP, for everyone who reaches it) [default: nowhere].
+    #[arg(long, value_name = "HOST:PORT")]
+    metrics: Option<String>,
 }
 
 /// KEY=VALUE.
@@ -448,10 +451,14 @@ async fn serve(args: ServeArgs, identity: &IdentityArgs) -> Result<(), CliError>
             disk: args.hot_disk.map(|size| size.as_u64()),
         },
         global: args.global.options(),
+        metrics: args.metrics,
     };
     let agent = Agent::start(config).await?;
     // For scripts that wait for it, and that let the system choose the port.
     print(&format!("listening on {}", agent.address()));
+    if let Some(address) = agent.metrics_address() {
+        print(&format!("metrics at http://{address}/metrics"));
+    }
     let systemd = Systemd::from_env();
     systemd.say("READY=1");
     loop {

@@ -351,6 +351,7 @@ pub(super) async fn prefetch(inner: &Arc<Inner>, from: &[String], tip: &Held, ge
 /// Everything that other holders have of a VM: what another agent asks for when this one is to join its holders.
 pub(super) async fn copy_vm(inner: &Arc<Inner>, call: CopyCall) -> Result<CopyReport, Failure> {
     let CopyCall { vm, generation, from } = call;
+    let _counted = inner.metrics.copying();
     if from.len() > MAX_HOLDERS {
         let why = format!("{} holders to copy from: at most {MAX_HOLDERS}", from.len());
         return Err(Failure { why });

@@ -32,6 +32,7 @@ pub(super) const DRILL_FAILED: &str = "drill-failed";
 pub(super) async fn drill(inner: &Arc<Inner>, call: DrillCall) -> Result<DrillReport, Failure> {
     let vm = call.vm.clone();
     let done = run(inner, call).await;
+    inner.metrics.drilled(done.is_ok());
     if let Err(failure) = &done {
         tracing::error!(%vm, why = failure.why, "a drill FAILED: the VM could not be taken over here");
     }

@@ -137,6 +137,27 @@ impl Global {
         self.pace.stop();
     }
 
+    /// For how long the newest committed checkpoint of each VM is not there, as far as was looked.
+    pub(super) fn behind(&self) -> BTreeMap<VmId, Duration> {
+        let (state, now) = (lock(&self.state), Instant::now());
+        let vms = state.vms.iter().map(|(vm, known)| {
+            let since = known.behind.as_ref().map_or(now, |(_, since)| *since);
+            (vm.clone(), now - since)
+        });
+        vms.collect()
+    }
+
+    /// What was done since the agent started (points, bytes, failures), and whether it goes well.
+    pub(super) fn counts(&self) -> (u64, u64, u64, bool) {
+        let state = lock(&self.state);
+        let Counts {
+            points,
+            bytes,
+            failed,
+        } = state.counts;
+        (points, bytes, failed, state.problem.is_none())
+    }
+
     /// How it is, for the status.
     pub(super) fn status(&self) -> GlobalStatus {
         let state = lock(&self.state);

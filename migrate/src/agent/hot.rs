@@ -336,6 +336,16 @@ impl Hot {
         }
     }
 
+    /// How many VMs are to have an image here, how many of these can be taken over on it, and what all take at most.
+    pub(super) fn images(&self) -> (usize, usize, ImageSize) {
+        let slots: Vec<_> = lock(&self.slots).values().cloned().collect();
+        let made = slots
+            .iter()
+            .filter(|slot| matches!(*lock(&slot.told), Told::At(_)));
+        let (made, cold) = (made.count(), lock(&self.cold).len());
+        (slots.len() + cold, made, self.taken())
+    }
+
     /// What all images here take at most.
     fn taken(&self) -> ImageSize {
         lock(&self.slots)

@@ -95,6 +95,7 @@ impl Member {
             match renewed {
                 Ok(id) => {
                     lease = Some(id);
+                    self.inner.metrics.renewed();
                     if std::mem::take(&mut away) {
                         tracing::info!("joined: the registry is back");
                     }
@@ -103,16 +104,21 @@ impl Member {
                 }
                 Err(RegistryError::LeaseGone { .. } | RegistryError::NoSuchNode { .. }) => {
                     tracing::warn!("this node's lease ran out: it counted as gone, and joins again");
+                    self.inner.metrics.lease_lost();
                     (lease, away) = (None, true);
                     continue;
                 }
                 Err(error) if error.is_transient() => {
+                    self.inner.metrics.registry_away();
                     if !std::mem::replace(&mut away, true) {
                         tracing::warn!(%error, "the registry is away: the agent goes on storing segments");
                     }
                     continue;
                 }
                 Err(error) => {
+                    if lease.is_some() {
+                        self.inner.metrics.lease_lost();
+                    }
                     if !std::mem::replace(&mut away, true) {
                         tracing::error!(%error, "the registry refuses this node");
                     }

@@ -30,6 +30,7 @@ mod hot;
 mod housekeep;
 mod keep;
 mod member;
+mod metrics;
 mod offer;
 mod owners;
 mod promote;
@@ -44,6 +45,7 @@ mod watcher;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
@@ -121,6 +123,8 @@ pub struct AgentConfig {
     pub hot: HotStandby,
     /// Where committed checkpoints are kept for when no node is left.
     pub global: Option<GlobalOptions>,
+    /// Where its metrics are to be had, HOST:PORT; nowhere when absent.
+    pub metrics: Option<String>,
 }
 
 /// Why an agent did not start.
@@ -182,6 +186,15 @@ pub enum AgentError {
     /// The port cannot be had.
     #[error(transparent)]
     Transport(#[from] TransportError),
+    /// The port of the metrics cannot be had.
+    #[error("serve metrics at {listen}: choose another HOST:PORT with --metrics")]
+    Metrics {
+        /// Where.
+        listen: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// What the connections share.
@@ -213,6 +226,7 @@ struct Inner {
     /// The rate at which segments of other holders are copied here.
     copying: Pace,
     global: Option<global::Global>,
+    metrics: metrics::Metrics,
     stop: watch::Receiver<bool>,
 }
 
@@ -228,6 +242,8 @@ pub struct Agent {
     watching: JoinHandle<()>,
     drilling: JoinHandle<()>,
     uploading: JoinHandle<()>,
+    /// Where the metrics are to be had, and who serves them.
+    scraped: Option<(SocketAddr, JoinHandle<()>)>,
 }
 
 impl Agent {
@@ -257,6 +273,7 @@ impl Agent {
             hot,
             drill_every,
             global,
+            metrics,
         } = config;
         let name = identity.name().to_owned();
         check_name(&name)?;
@@ -287,6 +304,10 @@ impl Agent {
         };
         let listener = identity.listen(&wanted).await?;
         let bound = listener.local_addr().map_err(usable)?;
+        let metrics = match metrics {
+            Some(wanted) => Some(metrics::listen(&wanted).await?),
+            None => None,
+        };
         let address = match advertise {
             Some(address) => address,
             None if bound.ip().is_unspecified() => return Err(AgentError::Advertise { listen: wanted }),
@@ -340,8 +361,10 @@ impl Agent {
             connections: AtomicU32::new(0),
             copying,
             global: global.map(|options| global::Global::new(options, max_links, rate)),
+            metrics: metrics::Metrics::new(lease_ttl),
             stop: stopped,
         });
+        inner.metrics.joined(lease.is_some());
         hot::start(&inner).map_err(|source| AgentError::Data {
             path: inner.data.clone(),
             source,
@@ -359,6 +382,8 @@ impl Agent {
         };
         let joining = tokio::spawn(member.keep(lease));
         let accepting = tokio::spawn(door::accept(inner.clone(), listener));
+        let scraped =
+            metrics.map(|(listener, at)| (at, tokio::spawn(metrics::serve(inner.clone(), listener))));
         tracing::info!(node = %inner.name, address = %inner.address, registry = %inner.registry_addr, "agent up");
         Ok(Self {
             inner,
@@ -370,6 +395,7 @@ impl Agent {
             watching,
             drilling,
             uploading,
+            scraped,
         })
     }
 
@@ -377,6 +403,12 @@ impl Agent {
     #[must_use]
     pub fn address(&self) -> &str {
         &self.inner.address
+    }
+
+    /// Where its metrics are to be had.
+    #[must_use]
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.scraped.as_ref().map(|(address, _)| *address)
     }
 
     /// Its registry.
@@ -413,6 +445,9 @@ impl Agent {
             self.joining.abort();
         }
         let _ = self.accepting.await;
+        if let Some((_, scraped)) = self.scraped {
+            let _ = tokio::time::timeout(SHUTDOWN, scraped).await;
+        }
         // The disks' threads hold the store: they end when their connections did.
         let released = async {
             while Arc::strong_count(&self.inner.store) > 1 {

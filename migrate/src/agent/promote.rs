@@ -115,7 +115,14 @@ pub(super) async fn promote(inner: &Arc<Inner>, call: PromoteCall) -> Result<Pro
     let inner = inner.clone();
     let carried = tokio::spawn(async move {
         let _claim = claim;
-        carry_out(&inner, vm, options, started).await
+        if !dry_run {
+            inner.metrics.takeover_begins();
+        }
+        let done = carry_out(&inner, vm, options, started).await;
+        if !dry_run {
+            inner.metrics.takeover_ended(started.elapsed(), done.is_ok());
+        }
+        done
     });
     match carried.await {
         Ok(Ok(report)) => Ok(report),

@@ -77,6 +77,7 @@ async fn look(
 ) -> Result<(), RegistryError> {
     let nodes = gone.watch(inner.registry.all_nodes().await?);
     let vms = inner.registry.all_vms().await?;
+    inner.metrics.told(&inner.address, &vms);
     said.retain(|vm, _| vms.iter().any(|v| v.vm.as_str() == vm));
     for vm in &vms {
         if placement::caretaker(vm, &nodes) != Some(&inner.address) {

@@ -122,6 +122,7 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, link: Link<S>, who: 
                 false => ReceiverEvent::Unread,
             },
         };
+        inner.metrics.heard(&event);
         let mut actions = VecDeque::from(receiver.step(event, started.elapsed()));
         if session.is_none()
             && let Some((vm, generation, owner)) = receiver.shipping()
@@ -153,7 +154,12 @@ pub(super) async fn serve<S: ByteStream>(inner: Arc<Inner>, link: Link<S>, who: 
                     tracing::info!(%vm, %generation, "the owner's guest stands still for good");
                     inner.grants.release(&inner.store, &vm, generation);
                 }
-                action => end = perform(action, &mut writer, &mut waiting).await.or(end),
+                action => {
+                    if let ReceiverAction::Send { message, .. } = &action {
+                        inner.metrics.answered(message);
+                    }
+                    end = perform(action, &mut writer, &mut waiting).await.or(end);
+                }
             }
         }
         if let Some(why) = end {

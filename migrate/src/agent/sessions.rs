@@ -63,6 +63,11 @@ impl Sessions {
         }
     }
 
+    /// How many VMs are shipped here now.
+    pub(super) fn count(&self) -> usize {
+        self.lines().1.len()
+    }
+
     /// Who ships the VM now.
     pub(super) fn owner(&self, vm: &VmId) -> Option<String> {
         self.lines().1.get(vm).map(|line| line.owner.clone())

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use segment::{CheckpointId, Epoch, Generation, Kind, SegmentName, VmId};
 
-use super::{ChainError, Entry, MAX_CHAIN_LINKS};
+use super::{ChainError, Entry, HeldVm, MAX_CHAIN_LINKS};
 
 /// The entries, the bytes they and the reservations take, and the promises.
 #[derive(Debug, Default)]
@@ -144,6 +144,27 @@ impl Index {
             .get(vm)
             .map(|segments| segments.values().cloned().collect())
             .unwrap_or_default()
+    }
+
+    /// How many entries there are.
+    pub(super) fn count(&self) -> usize {
+        self.vms.values().map(BTreeMap::len).sum()
+    }
+
+    /// What is held of `vm`, in sum.
+    pub(super) fn sum(&self, vm: &VmId) -> HeldVm {
+        let Some(segments) = self.vms.get(vm) else {
+            return HeldVm::default();
+        };
+        let newest = segments.values().rev().find_map(|entry| {
+            let links = self.walk(&entry.name).ok()?.len();
+            Some((entry.clone(), u32::try_from(links).unwrap_or(u32::MAX)))
+        });
+        HeldVm {
+            segments: segments.len(),
+            bytes: segments.values().map(|entry| entry.bytes).sum(),
+            newest,
+        }
     }
 
     pub(super) fn all(&self) -> impl Iterator<Item = &Entry> {

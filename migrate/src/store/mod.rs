@@ -156,6 +156,17 @@ impl Entry {
     }
 }
 
+/// What a store holds of one VM, in sum.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HeldVm {
+    /// How many segments.
+    pub segments: usize,
+    /// Their bytes.
+    pub bytes: u64,
+    /// The newest whose chain is whole, and the links of that.
+    pub newest: Option<(Entry, u32)>,
+}
+
 /// Proof that a checkpoint is stored here as durably as this store promises. Only the store makes one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stored {
@@ -302,6 +313,18 @@ impl FsStore {
     #[must_use]
     pub fn entries(&self, vm: &VmId) -> Vec<Entry> {
         self.index().entries(vm)
+    }
+
+    /// How many segments there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.index().count()
+    }
+
+    /// What is held of one VM, in sum: no file is looked at, and the entries are not copied.
+    #[must_use]
+    pub fn sum(&self, vm: &VmId) -> HeldVm {
+        self.index().sum(vm)
     }
 
     /// Every segment.

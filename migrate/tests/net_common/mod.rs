@@ -143,6 +143,7 @@ pub fn config(dir: &Path, node: &str, registry: RegistryAddr) -> AgentConfig {
         hot: Default::default(),
         drill_every: None,
         global: None,
+        metrics: None,
         replace: false,
         run_dir: None,
         restore_timeout: None,

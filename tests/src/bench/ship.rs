@@ -41,6 +41,7 @@ pub(crate) async fn agent(lab: &Lab, data: &Path) -> Result<Agent> {
         hot: Default::default(),
         drill_every: None,
         global: None,
+        metrics: None,
         replace: false,
         run_dir: None,
         restore_timeout: None,

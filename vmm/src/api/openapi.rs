@@ -4,7 +4,7 @@ use axum::Json;
 use utoipa::OpenApi;
 
 use super::fault::FaultMessage;
-use super::resources::{balloon, console, devices, machine, replication, snapshot};
+use super::resources::{balloon, console, devices, machine, metrics, replication, snapshot};
 
 /// The document.
 #[derive(Debug, OpenApi)]
@@ -17,7 +17,7 @@ use super::resources::{balloon, console, devices, machine, replication, snapshot
     paths(
         machine::info, machine::version, machine::config, machine::machine, machine::put_machine,
         machine::patch_machine, machine::put_boot_source, machine::act, machine::patch_vm, machine::put_logger,
-        machine::put_metrics, devices::put_drive, devices::put_network, devices::put_entropy,
+        machine::put_metrics, metrics::read, devices::put_drive, devices::put_network, devices::put_entropy,
         devices::put_vsock, balloon::put, balloon::get, balloon::patch, balloon::statistics,
         balloon::patch_statistics,
         snapshot::create, snapshot::load, replication::status, replication::checkpoints,

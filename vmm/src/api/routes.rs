@@ -8,7 +8,7 @@ use axum::routing::{MethodRouter, delete, get, patch, post, put};
 
 use super::fault::Fault;
 use super::instance::Instance;
-use super::resources::{balloon, console, devices, machine, replication, snapshot};
+use super::resources::{balloon, console, devices, machine, metrics, replication, snapshot};
 
 /// Verb, path, and what answers.
 type Route = (Method, &'static str, MethodRouter<Arc<Instance>>);
@@ -44,6 +44,7 @@ fn table() -> Vec<Route> {
         (Method::PATCH, "/vm", patch(machine::patch_vm)),
         (Method::PUT, "/logger", put(machine::put_logger)),
         (Method::PUT, "/metrics", put(machine::put_metrics)),
+        (Method::GET, "/metrics", get(metrics::read)),
         (Method::PUT, "/snapshot/create", put(snapshot::create)),
         (Method::PUT, "/snapshot/load", put(snapshot::load)),
         (Method::GET, "/status", get(replication::status)),

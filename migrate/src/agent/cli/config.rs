@@ -207,7 +207,7 @@ mod tests {
     #[test]
     fn keys_are_options_and_the_command_line_wins() {
         let text = "listen = \"10.0.0.1:7400\"\ndata = '/srv/data'\nroles = ['store']\nlabel = ['zone=a', 'rack=1']\nreplace = true\n\
-                    max-links = 100\nglobal = 's3://pool/a'\nglobal-every = '30s'\ntls = '/etc/tls'\n";
+                    max-links = 100\nglobal = 's3://pool/a'\nglobal-every = '30s'\nmetrics = '127.0.0.1:7410'\ntls = '/etc/tls'\n";
         let mut found = read(text, &[]).unwrap();
         found.sort();
         assert_eq!(
@@ -220,6 +220,7 @@ mod tests {
                 "--label=zone=a",
                 "--listen=10.0.0.1:7400",
                 "--max-links=100",
+                "--metrics=127.0.0.1:7410",
                 "--replace",
                 "--roles=store",
                 "--tls=/etc/tls",

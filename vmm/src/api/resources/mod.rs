@@ -4,5 +4,6 @@ pub mod balloon;
 pub mod console;
 pub mod devices;
 pub mod machine;
+pub mod metrics;
 pub mod replication;
 pub mod snapshot;
