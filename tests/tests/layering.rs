@@ -123,13 +123,20 @@ fn only_the_monitor_knows_kvm_and_few_places_are_unsafe() {
             "{folder}/lib.rs must forbid unsafe code"
         );
     }
+    for (path, text) in sources("migrate/src") {
+        let opens = text
+            .lines()
+            .any(|line| !line.trim_start().starts_with("//") && line.contains("/dev/kvm"));
+        assert!(!opens, "{} must not know /dev/kvm", path.display());
+    }
     let may = ["memory.rs", "kvm.rs", "vcpu.rs", "tap.rs"];
     for (path, text) in sources("vmm/src") {
         let file = path.file_name().unwrap().to_str().unwrap();
         let uses = text
             .lines()
             .map(str::trim_start)
-            .any(|line| !line.starts_with("//") && line.contains("unsafe {"));
+            // A block, a function, an implementation; `unsafe_code` is the lint's name.
+            .any(|line| !line.starts_with("//") && line.contains("unsafe "));
         assert!(
             !uses || may.contains(&file),
             "{} must not use unsafe",
@@ -152,6 +159,11 @@ fn inside_the_monitor_few_places_know_the_layers_below() {
                 .any(|line| !line.trim_start().starts_with("//") && line.contains(word))
         };
         let top = inside.split('/').next().unwrap().trim_end_matches(".rs");
+        // Under another name nothing below would see it.
+        assert!(
+            !code("migrate as ") && !code("segment as "),
+            "{inside} renames a layer below"
+        );
         if code("migrate::") {
             assert!(
                 ["replica", "session", "api", "cli", "bin"].contains(&top),
@@ -175,8 +187,22 @@ fn every_rename_and_sync_of_the_store_is_in_one_file() {
         {
             continue;
         }
-        let code: String = text.split("#[cfg(test)]").next().unwrap().to_owned();
-        for word in ["fs::rename", "renameat", ".sync_all(", ".sync_data(", "fsync("] {
+        // Where the tests are in the file itself they are its end.
+        let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
+        let code: String = code
+            .lines()
+            .filter(|line| !line.trim_start().starts_with("//"))
+            // A switch of the crate that writes the global store.
+            .map(|line| line.replace("with_fsync(", "") + "\n")
+            .collect();
+        for word in [
+            "rename(",
+            "rename as",
+            "renameat",
+            "sync_all",
+            "sync_data",
+            "fsync(",
+        ] {
             assert!(
                 !code.contains(word),
                 "{} uses {word}: that belongs into crashsafe.rs",

@@ -1,6 +1,6 @@
 //! Bad input: one clear line, a status that is not 0, nothing left behind.
 
-use crate::support::World;
+use crate::support::{Running, World, wait_for};
 
 #[test]
 fn each_mistake_has_its_message() {
@@ -183,4 +183,97 @@ fn a_store_in_use_is_refused() {
     ];
     world.vmm(&args).refused(&["store", &store]);
     assert_eq!(world.row("a").unwrap()["state"], "running");
+}
+
+/// `vmm` that sees an empty file system of so many MiB at `at`, and nobody else does.
+fn beside_a_mount(world: &World, at: &str, mib: u32, args: &[&str]) -> Running {
+    let mut command = world.command("unshare");
+    if !rustix::process::geteuid().is_root() {
+        command.args(["--user", "--map-root-user"]);
+    }
+    command.args(["--mount", "--", "sh", "-c"]);
+    let mount = format!("mount -t tmpfs -o size={mib}m none \"$0\" && exec \"$@\"");
+    command.args([&mount, at, env!("CARGO_BIN_EXE_vmm")]).args(args);
+    Running::new(command)
+}
+
+#[test]
+fn a_host_without_kvm_is_told_what_it_needs() {
+    let world = World::new();
+    let kernel = world.ticker();
+    let parts = ["/dev/kvm does not exist", "kvm-intel or kvm-amd"];
+    let without = |args: &[&str]| beside_a_mount(&world, "/dev", 1, args).finish();
+    without(&["run", "--name", "a", "--kernel", &kernel]).refused(&parts);
+    assert_eq!(world.row("a"), None, "something is left of it");
+    // The same VM where there is one.
+    world.detached("a", "period_ms=5");
+    world.vmm(&["pause", "a"]).ok();
+    world.vmm(&["checkpoint", "a"]).ok();
+    world.vmm(&["stop", "a"]).ok();
+    without(&["restore", "--name", "a"]).refused(&parts);
+    without(&["restore", "--check", "a"]).refused(&parts);
+    let said = world.vmm(&["restore", "--name", "a", "--detach"]).ok();
+    assert!(said.starts_with("a: running from a/1/1"), "{said}");
+}
+
+#[test]
+fn a_full_disk_costs_the_checkpoint_and_nothing_else() {
+    let world = World::new();
+    let store = world.text("state/understudy/vms/a");
+    std::fs::create_dir_all(&store).unwrap();
+    let (kernel, cmdline) = (world.churn(), "mib=4 rate=200 mix=0:0:100 heartbeat_ms=20");
+    let args = [
+        "run",
+        "--name",
+        "a",
+        "--kernel",
+        &kernel,
+        "--memory",
+        "32M",
+        "--cmdline",
+        cmdline,
+    ];
+    let mut vm = beside_a_mount(&world, &store, 48, &args);
+    vm.says("churn filled");
+    world.vmm(&["checkpoint", "a"]).ok();
+    // The file system as the process sees it, filled to its last byte.
+    let inside = format!("/proc/{}/root{store}", vm.pid());
+    let filler = format!("{inside}/filler");
+    let mut file = std::fs::File::create(&filler).unwrap();
+    while std::io::Write::write(&mut file, &[1; 1 << 12]).is_ok_and(|written| written > 0) {}
+    let refused = world.vmm(&["checkpoint", "a", "--full"]);
+    refused.refused(&["full", &store]);
+    let row = world.row("a").unwrap();
+    assert_eq!(row["state"], "running");
+    assert!(
+        row["status"]["problem"].as_str().unwrap().contains("full"),
+        "{row}"
+    );
+    // Closed as well: what is open takes its room still.
+    drop(file);
+    std::fs::remove_file(&filler).unwrap();
+    let said = world.vmm(&["checkpoint", "a"]).ok();
+    assert!(said.starts_with("a/1/3: delta"), "{said}");
+    assert_eq!(world.row("a").unwrap()["status"].get("problem"), None);
+    // The delta has what the failed checkpoint had taken from the set of changed pages: the guest checks all it has.
+    world
+        .vmm(&[
+            "restore", "a/1/3", "--from", &inside, "--name", "copy", "--detach",
+        ])
+        .ok();
+    wait_for("the copy to check its memory twice", || {
+        let console = world.console("copy");
+        assert!(!console.contains("BAD"), "{console}");
+        // The last line may not be whole yet.
+        let (whole, _) = console.rsplit_once('\n')?;
+        let checked = |line: &str| {
+            let (_, rest) = line.split_once("verified=")?;
+            rest.split(' ').next()?.parse::<u64>().ok()
+        };
+        let counts: Vec<u64> = whole.lines().filter_map(checked).collect();
+        (counts.last()? - counts.first()? > 2048).then_some(())
+    });
+    world.vmm(&["stop", "copy"]).ok();
+    world.vmm(&["stop", "a"]).ok();
+    assert_eq!(vm.finish().code(), 0);
 }
