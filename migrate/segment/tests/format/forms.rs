@@ -228,6 +228,26 @@ fn a_page_that_was_written_and_is_as_before_is_left_out() {
 }
 
 #[test]
+fn a_page_of_which_more_than_half_has_changed_is_stored_whole() {
+    let before: Memory = noise(1, PAGES as usize * BYTES);
+    let manifest = delta(2, &[space(0, BYTES as u32, PAGES)]);
+    let words = BYTES / 8;
+    for (changed, change_pages) in [(words / 2, 1), (words / 2 + 1, 0)] {
+        let mut now = before.clone();
+        for word in 0..changed {
+            now[3 * BYTES + word * 8] ^= 1;
+        }
+        let reader = SegmentReader::open(write(&manifest, Some(&before), &now, &[3])).unwrap();
+        let summary = reader.verify().unwrap();
+        assert_eq!(
+            (summary.data_pages, summary.change_pages),
+            (1, change_pages),
+            "{changed} of {words} words"
+        );
+    }
+}
+
+#[test]
 fn the_encoder_refuses_what_cannot_be() {
     let space = space(0, BYTES as u32, PAGES);
     let one = vec![1; BYTES];

@@ -144,14 +144,15 @@ fn a_segment_that_was_not_finished_is_not_one() {
     assert!(error.to_string().contains("not a segment file"), "{error}");
 }
 
-/// A disk that is full after so many bytes.
-struct FullDisk(Cursor<Vec<u8>>, usize);
+/// A disk that is full after so many bytes: from then on, or, when there are bytes behind, for one write.
+struct FullDisk(Cursor<Vec<u8>>, usize, usize);
 
 impl Write for FullDisk {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let room = self.1.min(bytes.len());
         self.1 -= room;
         if room == 0 {
+            self.1 = std::mem::take(&mut self.2);
             Err(io::ErrorKind::StorageFull.into())
         } else {
             self.0.write(&bytes[..room])
@@ -171,22 +172,23 @@ impl Seek for FullDisk {
 #[test]
 fn a_full_disk_is_reported_wherever_it_ends() {
     let space = space(0, 512, 100);
-    let write = |room: usize| {
-        let disk = FullDisk(Cursor::new(Vec::new()), room);
+    let write = |room: usize, afterwards: usize| {
+        let disk = FullDisk(Cursor::new(Vec::new()), room, afterwards);
         let manifest = delta(2, std::slice::from_ref(&space));
         let mut writer = SegmentWriter::new(disk, &manifest, &[record("a", &[1])])?;
         let frame = FrameEncoder::new(1).encode(&space, false, &pages(&[1]), &noise(1, 512))?;
         frame.map_or(Ok(()), |frame| writer.push(frame))?;
         writer.finish()
     };
-    let (_, summary) = write(usize::MAX).unwrap();
+    let (_, summary) = write(usize::MAX, 0).unwrap();
     // The header is written twice.
     let needed = summary.file_bytes as usize + 128;
-    assert!(write(needed).is_ok());
-    for room in 0..needed {
+    assert!(write(needed, 0).is_ok());
+    // Room that comes back does not bring back what was not written.
+    for (room, afterwards) in (0..needed).flat_map(|room| [(room, 0), (room, usize::MAX)]) {
         assert!(
-            matches!(write(room), Err(WriteError::Io { .. })),
-            "{room} of {needed} bytes"
+            matches!(write(room, afterwards), Err(WriteError::Io { .. })),
+            "{room} of {needed} bytes, and {afterwards} afterwards"
         );
     }
 }
