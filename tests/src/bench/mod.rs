@@ -11,6 +11,7 @@
 //! What it never does: it does not judge. A missed target is shown and is no failure of the run.
 
 mod capture;
+mod cpu;
 mod encode;
 mod failover;
 mod guest;
@@ -24,6 +25,7 @@ mod recover;
 mod replicate;
 mod restore;
 pub mod row;
+mod scale;
 mod ship;
 pub mod stats;
 mod store;
@@ -101,6 +103,11 @@ static BENCHES: &[Bench] = &[
         measure: ship::measure,
     },
     Bench {
+        rows: &["ship.cpu_ratio"],
+        about: "CPU of an owner's process that ships to three holders, over that of one that ships to one",
+        measure: cpu::measure,
+    },
+    Bench {
         rows: &["restore.cold.rate"],
         about: "guest memory a second from a compressed chain of 10, until all of it is resident",
         measure: restore::measure,
@@ -129,6 +136,11 @@ static BENCHES: &[Bench] = &[
         rows: &["store.recover_ms"],
         about: "the start of an agent with 100,000 segments after SIGKILL",
         measure: recover::measure,
+    },
+    Bench {
+        rows: &["status.ms", "agent.rss_mib"],
+        about: "`standby status`, and the memory of the agent, with 1,000 VMs of 100 restore points held and in an etcd",
+        measure: scale::measure,
     },
     Bench {
         rows: &["vmm.boot_ms"],

@@ -35,7 +35,7 @@ pub(crate) fn measure(lab: &Lab) -> Result<Vec<Row>> {
     let (binaries, folder) = (Binaries::find()?, lab.temporary("recover-")?);
     let segments = lab.samples(SEGMENTS, 2000);
     lab.say(format!("  storing {segments} segments"));
-    let stored = fill(folder.path(), segments)?;
+    let stored = fill(folder.path(), segments, OF_A_VM)?;
     ensure!(stored.len() == segments, "{} segments were stored", stored.len());
     let (mut times, mut limit) = (Samples::default(), Samples::default());
     for index in 0..=lab.samples(7, 2) {
@@ -78,15 +78,15 @@ fn serve(binaries: &Binaries, data: &Path) -> Command {
     command
 }
 
-/// Chains of small segments, as an agent keeps them; where they are.
-fn fill(data: &Path, segments: usize) -> Result<Vec<PathBuf>> {
+/// Chains of small segments, as an agent keeps them, so many of each VM; where they are.
+pub(super) fn fill(data: &Path, segments: usize, of_a_vm: u64) -> Result<Vec<PathBuf>> {
     let root = data.join("store");
     let store = Arc::new(FsStore::open(&root, None, Durability::Spool).context("open a store")?);
     let pool = EncodePool::new(EncodeOptions { level: 1, threads: 1 });
     let bytes = Bytes(Random(1).bytes(PAGE_BYTES).into());
     for index in 0..segments as u64 {
-        let (vm, at) = (index / OF_A_VM, index % OF_A_VM);
-        let vm = format!("vm-{vm}").parse().context("name a VM")?;
+        let (vm, at) = (index / of_a_vm, index % of_a_vm);
+        let vm = vm_name(vm).parse().context("name a VM")?;
         let name = SegmentName::new(vm, Generation(1), Epoch(at + 1));
         let (mut captured, mut manifest) = pages::full(&name, &bytes);
         let links = at % CHAIN;
@@ -109,6 +109,11 @@ fn fill(data: &Path, segments: usize) -> Result<Vec<PathBuf>> {
     let mut files = Vec::with_capacity(segments);
     find(&root, &mut files)?;
     Ok(files)
+}
+
+/// The name of one of those VMs.
+pub(super) fn vm_name(number: u64) -> String {
+    format!("vm-{number}")
 }
 
 /// The segments' files below a folder.
