@@ -495,3 +495,246 @@ fn frame_of(message: Message) -> SenderEvent {
         message,
     }
 }
+
+/// A sender that is connected and has heard that the holder has nothing; its first question has ticket 1.
+fn flowing() -> Sender {
+    let mut sender = Sender::new(SenderConfig::new(vm(), MINE, "owner"));
+    sender.step(SenderEvent::Tick, Duration::ZERO);
+    let connected = SenderEvent::Connected {
+        connection: 1,
+        version: 1,
+    };
+    sender.step(connected, Duration::ZERO);
+    sender.step(frame_of(position_of(MINE, None)), Duration::ZERO);
+    sender
+}
+
+fn position_of(generation: Generation, newest: Option<migrate::wire::Held>) -> Message {
+    Message::Position(Position { generation, newest })
+}
+
+fn next(sender: &mut Sender, ticket: u64, next: Next, now: Duration) -> Vec<SenderAction> {
+    sender.step(SenderEvent::NextIs { ticket, next }, now)
+}
+
+fn gives_up(actions: &[SenderAction]) -> Option<&str> {
+    actions.iter().find_map(|action| match action {
+        SenderAction::Disconnect { why, .. } => Some(why.as_str()),
+        _ => None,
+    })
+}
+
+#[test]
+fn a_holder_that_lives_and_stores_nothing_is_given_up() {
+    let seconds = Duration::from_secs;
+    let stall_after = SenderConfig::new(vm(), MINE, "o").stall_after.as_secs();
+    for moved_at in [0, 30] {
+        let mut sender = flowing();
+        next(&mut sender, 1, Next::Segment(offer(1, true)), Duration::ZERO);
+        for now in 1..stall_after + moved_at {
+            let alive = sender.step(frame_of(Message::Ping(Ping {})), seconds(now));
+            assert_eq!(gives_up(&alive), None, "at {now} s");
+            if now == moved_at {
+                sender.step(SenderEvent::Progress { connection: 1 }, seconds(now));
+            }
+        }
+        let end = sender.step(frame_of(Message::Ping(Ping {})), seconds(stall_after + moved_at));
+        let why = gives_up(&end).unwrap_or_else(|| panic!("{end:?}"));
+        assert!(why.contains("stored nothing"), "{why}");
+    }
+}
+
+#[test]
+fn a_fence_is_believed_only_for_this_vm_and_a_higher_generation() {
+    let other = segment::VmId::new("db").unwrap();
+    for (of, current, believed) in [
+        (vm(), MINE.0 + 1, true),
+        (vm(), MINE.0, false),
+        (vm(), MINE.0 - 1, false),
+        (other, MINE.0 + 1, false),
+    ] {
+        let mut sender = flowing();
+        let current = Generation(current);
+        let fenced = Message::Fenced(Fenced {
+            vm: of,
+            asked: MINE,
+            current,
+        });
+        let actions = sender.step(frame_of(fenced), Duration::ZERO);
+        assert_eq!(
+            actions.contains(&SenderAction::Fence { current }),
+            believed,
+            "{actions:?}"
+        );
+        assert!(gives_up(&actions).is_some(), "{actions:?}");
+    }
+}
+
+#[test]
+fn a_position_in_another_vm_or_generation_is_none() {
+    let mut other = held(1);
+    other.name.vm = segment::VmId::new("db").unwrap();
+    for (generation, newest, believed) in [
+        (MINE, Some(held(1)), true),
+        (MINE, Some(other), false),
+        (Generation(MINE.0 + 1), Some(held(1)), false),
+    ] {
+        let mut sender = Sender::new(SenderConfig::new(vm(), MINE, "owner"));
+        sender.step(SenderEvent::Tick, Duration::ZERO);
+        let connected = SenderEvent::Connected {
+            connection: 1,
+            version: 1,
+        };
+        sender.step(connected, Duration::ZERO);
+        let actions = sender.step(frame_of(position_of(generation, newest)), Duration::ZERO);
+        let taken = actions
+            .iter()
+            .any(|action| matches!(action, SenderAction::Position { .. }));
+        assert_eq!(
+            (taken, gives_up(&actions).is_some()),
+            (believed, !believed),
+            "{actions:?}"
+        );
+    }
+}
+
+#[test]
+fn what_was_refused_is_offered_again_after_pauses_that_grow() {
+    let mut sender = flowing();
+    let (mut now, mut ticket) = (Duration::ZERO, 1);
+    let opens = |actions: &[SenderAction]| {
+        let open = |action: &SenderAction| {
+            matches!(
+                action,
+                SenderAction::Send {
+                    message: Message::Open(_),
+                    ..
+                }
+            )
+        };
+        actions.iter().any(open)
+    };
+    for (transfer, pause) in [(1, 1000), (2, 2000), (3, 4000)] {
+        next(&mut sender, ticket, Next::Segment(offer(1, true)), now);
+        let refused = SenderEvent::Frame {
+            connection: 1,
+            stream: transfer,
+            message: Message::Refuse(Refuse {
+                generation: MINE,
+                reason: RefuseReason::Full,
+                why: "no room".into(),
+            }),
+        };
+        assert!(!opens(&sender.step(refused, now)), "at once");
+        assert!(matches!(sender.state(), SenderState::Refused { .. }));
+        now += Duration::from_millis(pause);
+        // It is heard meanwhile.
+        let early = sender.step(frame_of(Message::Ping(Ping {})), now - Duration::from_millis(1));
+        assert!(!opens(&early), "before {pause} ms: {early:?}");
+        assert!(opens(&sender.step(SenderEvent::Tick, now)), "after {pause} ms");
+        let asked = sender.step(frame_of(position_of(MINE, None)), now);
+        ticket = asked
+            .iter()
+            .find_map(|action| match action {
+                SenderAction::Next { ticket, .. } => Some(*ticket),
+                _ => None,
+            })
+            .unwrap();
+    }
+}
+
+#[test]
+fn a_full_checkpoint_is_asked_for_once_in_a_while() {
+    let full_again = SenderConfig::new(vm(), MINE, "o").full_again;
+    let mut sender = flowing();
+    let mut ticket = 1;
+    let soon = full_again - Duration::from_millis(1);
+    for (now, asks) in [(Duration::ZERO, true), (soon, false), (full_again, true)] {
+        // Alive: as long as it takes.
+        sender.step(
+            frame_of(Message::Ping(Ping {})),
+            now.saturating_sub(Duration::from_secs(1)),
+        );
+        let actions = next(&mut sender, ticket, Next::NeedFull, now);
+        assert_eq!(
+            actions.contains(&SenderAction::RequestFull),
+            asks,
+            "{now:?}: {actions:?}"
+        );
+        // Something new was stored here: it asks what there is for the holder.
+        let asked = sender.step(SenderEvent::Notify, now);
+        ticket = asked
+            .iter()
+            .find_map(|action| match action {
+                SenderAction::Next { ticket, .. } => Some(*ticket),
+                _ => None,
+            })
+            .unwrap();
+    }
+}
+
+/// A receiver that has all of the first checkpoint, and is told by its store that it has `proof`.
+fn stored(proof: Offer) -> Vec<ReceiverAction> {
+    let mut receiver = opened();
+    let first = offer(1, true);
+    let bytes = first.bytes as usize;
+    frame(&mut receiver, 1, Message::Offer(first));
+    frame(&mut receiver, 1, Message::Chunk(vec![0; bytes]));
+    frame(&mut receiver, 1, Message::End(End {}));
+    let result = CommitResult::Stored(ModelProof(proof));
+    receiver.step(ReceiverEvent::Committed { transfer: 1, result }, Duration::ZERO)
+}
+
+#[test]
+fn a_receiver_acknowledges_only_what_its_store_proves() {
+    let acknowledges = |actions: &[ReceiverAction]| {
+        let ack = |action: &ReceiverAction| {
+            matches!(
+                action,
+                ReceiverAction::Send {
+                    message: Message::Stored(_) | Message::Have(_),
+                    ..
+                }
+            )
+        };
+        actions.iter().any(ack)
+    };
+    let right = stored(offer(1, true));
+    assert!(acknowledges(&right) && !closes(&right), "{right:?}");
+    let wrong = stored(offer(2, true));
+    assert!(!acknowledges(&wrong) && closes(&wrong), "{wrong:?}");
+    let mut receiver = opened();
+    frame(&mut receiver, 1, Message::Offer(offer(1, true)));
+    let result = BeginResult::Have(ModelProof(offer(2, true)));
+    let wrong = receiver.step(ReceiverEvent::Begun { transfer: 1, result }, Duration::ZERO);
+    assert!(!acknowledges(&wrong) && closes(&wrong), "{wrong:?}");
+}
+
+#[test]
+fn an_acknowledgement_of_other_bytes_is_not_believed() {
+    for (digest, believed) in [(offer(1, true).digest, true), (offer(2, true).digest, false)] {
+        let mut sender = flowing();
+        next(&mut sender, 1, Next::Segment(offer(1, true)), Duration::ZERO);
+        let proof = Offer {
+            digest,
+            ..offer(1, true)
+        };
+        let Some(ReceiverAction::Send { stream, message }) = stored(proof).into_iter().next() else {
+            panic!("nothing was said")
+        };
+        let said = SenderEvent::Frame {
+            connection: 1,
+            stream,
+            message,
+        };
+        let actions = sender.step(said, Duration::ZERO);
+        let acked = actions
+            .iter()
+            .any(|action| matches!(action, SenderAction::Acked { .. }));
+        assert_eq!(
+            (acked, gives_up(&actions).is_some()),
+            (believed, !believed),
+            "{actions:?}"
+        );
+    }
+}
