@@ -203,9 +203,12 @@ impl Place {
             .map_err(io_error("link the socket as", &link))
     }
 
-    /// Leaves the folder for people to look at, with a note of how it ended.
+    /// Leaves the folder for people to look at, with a note of how it ended; nothing where another has the name by now.
     pub fn leave(mut self, note: &EndNote) {
         self.keep = true;
+        if !self.is_mine() {
+            return;
+        }
         let written = serde_json::to_vec(note).map_err(io::Error::from);
         let path = self.dir.join(ENDED);
         if let Err(error) = written.and_then(|bytes| std::fs::write(&path, bytes)) {
@@ -213,6 +216,11 @@ impl Place {
         }
         // Gone already is fine.
         let _ = std::fs::remove_file(self.dir.join(SOCKET));
+    }
+
+    /// Whether the folder is still this process's: it may have been moved aside and the name given to another.
+    fn is_mine(&self) -> bool {
+        is_at(&self.lock, &self.dir.join(LOCK))
     }
 
     /// Removes everything but the lock.
@@ -229,8 +237,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        // Only what is still this process's: the folder may have been moved aside and the name given to another.
-        if self.keep || !is_at(&self.lock, &self.dir.join(LOCK)) {
+        if self.keep || !self.is_mine() {
             return;
         }
         if let Err(error) = self.clear() {
@@ -475,6 +482,26 @@ mod tests {
         assert_eq!((found.alive, found.note), (false, Some(note)));
         drop(Place::take(base.path(), &name(), false).unwrap());
         assert_eq!(Found::at(base.path(), "web"), None);
+    }
+
+    #[test]
+    fn an_old_owner_that_is_fenced_notes_nothing_where_the_new_one_is() {
+        let base = tempfile::tempdir().unwrap();
+        let old = Place::take(base.path(), &name(), false).unwrap();
+        let new = Place::take(base.path(), &name(), true).unwrap();
+        std::fs::write(new.dir().join(SOCKET), "").unwrap();
+        old.leave(&EndNote {
+            state: "fenced".into(),
+            reason: None,
+        });
+        assert!(
+            new.dir().join(SOCKET).exists(),
+            "the new owner cannot be reached any more"
+        );
+        assert!(
+            !new.dir().join(ENDED).exists(),
+            "the new owner is said to have ended"
+        );
     }
 
     #[test]
