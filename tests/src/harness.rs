@@ -5,7 +5,7 @@
 
 use std::fmt::Display;
 use std::fs::File;
-use std::net::TcpListener;
+use std::net::{IpAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -57,14 +57,26 @@ impl Binaries {
 ///
 /// # Errors
 /// What `check` returned, or that `what` did not come within [`PATIENCE`].
-pub fn wait_for<T>(what: impl Display, mut check: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-    let deadline = Instant::now() + PATIENCE;
+pub fn wait_for<T>(what: impl Display, check: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    wait_within(PATIENCE, what, check)
+}
+
+/// The same for what may take longer.
+///
+/// # Errors
+/// What `check` returned, or that `what` did not come in that time.
+pub fn wait_within<T>(
+    patience: Duration,
+    what: impl Display,
+    mut check: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let deadline = Instant::now() + patience;
     loop {
         if let Some(found) = check()? {
             return Ok(found);
         }
         if Instant::now() > deadline {
-            bail!("{what}: not within {} s", PATIENCE.as_secs());
+            bail!("{what}: not within {} s", patience.as_secs());
         }
         std::thread::sleep(POLL);
     }
@@ -213,10 +225,22 @@ impl Cluster {
     /// # Errors
     /// When it cannot be.
     pub fn issue(&self, node: &str, roles: &str) -> Result<()> {
-        run(Command::new(&self.binaries.standby)
+        self.issue_for(node, roles, &[])
+    }
+
+    /// The same for a node that is reached at these addresses.
+    ///
+    /// # Errors
+    /// When it cannot be.
+    pub fn issue_for(&self, node: &str, roles: &str, addresses: &[IpAddr]) -> Result<()> {
+        let mut command = Command::new(&self.binaries.standby);
+        command
             .args(["ca", "issue", node, "--role", roles, "--ca"])
-            .arg(self.authority()))
-        .map(drop)
+            .arg(self.authority());
+        for address in addresses {
+            command.args(["--address", &address.to_string()]);
+        }
+        run(&mut command).map(drop)
     }
 
     /// A guest's kernel.
@@ -246,6 +270,40 @@ impl Cluster {
         Ok((self.start_agent_on(Some(host), name, more)?, host))
     }
 
+    /// The same with a network of its own, plugged into the bridge as this number. Its certificate is there.
+    ///
+    /// # Errors
+    /// As [`Cluster::start_host`].
+    pub(crate) fn start_networked_host(
+        &mut self,
+        name: &str,
+        number: u8,
+        more: &[&str],
+    ) -> Result<(usize, usize)> {
+        self.hosts.push(Host::plugged_in(name, &self.folder, number)?);
+        let host = self.hosts.len() - 1;
+        Ok((self.start_agent_on(Some(host), name, more)?, host))
+    }
+
+    /// A host.
+    pub(crate) fn host(&self, host: usize) -> &Host {
+        &self.hosts[host]
+    }
+
+    /// A host that was killed comes back, and its agent with the data it had.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub(crate) fn revive_host(&mut self, host: usize) -> Result<()> {
+        self.hosts[host].restart(&self.folder)?;
+        for agent in 0..self.agents.len() {
+            if self.agents[agent].host == Some(host) {
+                self.restart_agent(agent)?;
+            }
+        }
+        Ok(())
+    }
+
     /// A host loses its power: its agent and its VMs die at once.
     ///
     /// # Errors
@@ -255,7 +313,11 @@ impl Cluster {
     }
 
     fn start_agent_on(&mut self, host: Option<usize>, name: &str, more: &[&str]) -> Result<usize> {
-        let address = format!("127.0.0.1:{}", free_port()?);
+        let own = host.and_then(|host| self.hosts[host].listens_at());
+        let address = match own {
+            Some(address) => address,
+            None => format!("127.0.0.1:{}", free_port()?),
+        };
         let data = self.folder.join(name);
         let first = self.agents.first().map(|a| a.address.clone());
         let registry = self.registry.clone().or(first);
@@ -276,7 +338,9 @@ impl Cluster {
         }
         arguments.extend(["--tls".into(), self.certificate(name).display().to_string()]);
         arguments.extend(["--data".into(), data.display().to_string()]);
-        arguments.extend(["--vmm".into(), self.binaries.vmm.display().to_string()]);
+        if !more.contains(&"--vmm") {
+            arguments.extend(["--vmm".into(), self.binaries.vmm.display().to_string()]);
+        }
         arguments.extend(more.iter().map(|&a| a.to_owned()));
         std::fs::create_dir_all(&data)?;
         self.agents.push(Agent {
@@ -299,6 +363,10 @@ impl Cluster {
     pub fn restart_agent(&mut self, index: usize) -> Result<()> {
         let standby = self.binaries.standby.clone();
         let agent = &mut self.agents[index];
+        if let Some(before) = agent.child.take() {
+            // It died with its host, and is waited for.
+            kill(before)?;
+        }
         let log = File::options()
             .create(true)
             .append(true)

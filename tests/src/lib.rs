@@ -23,3 +23,4 @@ pub mod nested;
 )]
 #[path = "../../migrate/tests/net_common/s3.rs"]
 pub mod s3;
+pub mod torture;
