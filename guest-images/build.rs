@@ -1,6 +1,6 @@
-//! Builds the two bare-metal guests and the Linux guests' program with rustc itself, into OUT_DIR.
+//! Builds the two bare-metal guests and the Linux guests' programs with rustc itself, into OUT_DIR.
 //!
-//! `torture` is a static executable with `std`: it runs in an initramfs without libraries, and in any distribution.
+//! The programs are static executables with `std`: they run in an initramfs without libraries, and in any distribution.
 //!
 //! There is no bare-metal target here, so the guests are compiled for the host's Linux target as static
 //! executables without a C runtime: the linker script gives the layout, the assembly entry what `std` would.
@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const GUESTS: [&str; 2] = ["ticker", "churn"];
+/// The Linux programs: the folder of their source, and their names.
+const PROGRAMS: [(&str, &str); 2] = [("torture", "torture"), ("checkpoint", "understudy-checkpoint")];
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 fn main() {
@@ -23,8 +25,10 @@ fn main() {
             println!("cargo::error=cannot build the guest {guest}: {error}");
         }
     }
-    if let Err(error) = program_command("torture").and_then(run) {
-        println!("cargo::error=cannot build the program torture: {error}");
+    for (folder, name) in PROGRAMS {
+        if let Err(error) = program_command(folder, name).and_then(run) {
+            println!("cargo::error=cannot build the program {name}: {error}");
+        }
     }
 }
 
@@ -47,12 +51,12 @@ fn rustc(folder: &Path, name: &str, source: &str, output: &Path) -> Command {
     command
 }
 
-fn program_command(name: &str) -> Result<Command, Box<dyn Error>> {
+fn program_command(folder: &str, name: &str) -> Result<Command, Box<dyn Error>> {
     let folder = PathBuf::from(variable("CARGO_MANIFEST_DIR")?)
         .join("programs")
-        .join(name);
+        .join(folder);
     let output = PathBuf::from(variable("OUT_DIR")?).join(name);
-    let mut command = rustc(&folder, name, "main.rs", &output);
+    let mut command = rustc(&folder, &name.replace('-', "_"), "main.rs", &output);
     command
         .args(["-Copt-level=2", "-Ctarget-feature=+crt-static", "-Cstrip=symbols"])
         // The same program wherever the sources lie.

@@ -36,6 +36,8 @@ pub(crate) struct TickerConfig {
     pub(crate) period_ms: u64,
     /// `exit_after_ticks=`: stop after so many.
     pub(crate) exit_after_ticks: Option<u64>,
+    /// `reset_after_ticks=`: reset the machine after so many.
+    pub(crate) reset_after_ticks: Option<u64>,
     /// `tsc_khz=`: the frequency of the TSC.
     pub(crate) tsc_khz: Option<u64>,
 }
@@ -89,14 +91,20 @@ impl TickerConfig {
         let mut config = Self {
             period_ms: 100,
             exit_after_ticks: None,
+            reset_after_ticks: None,
             tsc_khz: None,
         };
         for word in own_words(line) {
             match word.key {
                 "period_ms" => config.period_ms = word.number(1, MAX_PERIOD_MS)?,
                 "exit_after_ticks" => config.exit_after_ticks = Some(word.number(1, u64::MAX)?),
+                "reset_after_ticks" => config.reset_after_ticks = Some(word.number(1, u64::MAX)?),
                 "tsc_khz" => config.tsc_khz = Some(word.number(1000, 100_000_000)?),
-                _ => return Err(word.bad("ticker knows period_ms, exit_after_ticks, tsc_khz")),
+                _ => {
+                    return Err(
+                        word.bad("ticker knows period_ms, exit_after_ticks, reset_after_ticks, tsc_khz")
+                    );
+                }
             }
         }
         Ok(config)

@@ -43,12 +43,17 @@ pub(crate) fn idle(us: u64) {
     }
 }
 
-/// Ends the guest: switches the machine off; where that port means nothing, asks for a reset through the keyboard
-/// controller, which other monitors take for a clean stop; idles for ever where nobody listens.
-pub(crate) fn stop() -> ! {
-    out8(SLEEP_CONTROL, SLEEP_OFF);
+/// Asks for a reset through the keyboard controller, and idles where nobody listens.
+pub(crate) fn reset() -> ! {
     out8(KEYBOARD_CONTROLLER, PULSE_RESET);
     loop {
         idle(IDLE_MAX_US);
     }
+}
+
+/// Ends the guest: switches the machine off; where that port means nothing, asks for a reset through the keyboard
+/// controller, which other monitors take for a clean stop; idles for ever where nobody listens.
+pub(crate) fn stop() -> ! {
+    out8(SLEEP_CONTROL, SLEEP_OFF);
+    reset()
 }

@@ -1,7 +1,7 @@
 //! `ticker`: prints a numbered line at a fixed period, so that a test sees at a glance whether a guest runs,
 //! stood still, lost time or went back to an earlier state.
 //!
-//! Command line: `period_ms=` (100), `exit_after_ticks=`, `tsc_khz=`; see `cmdline.rs`.
+//! Command line: `period_ms=` (100), `exit_after_ticks=`, `reset_after_ticks=`, `tsc_khz=`; see `cmdline.rs`.
 //! Output: `ticker up`, then `tick 0`, `tick 1` and so on, never two at once to make up for lost time.
 
 #![no_std]
@@ -52,6 +52,10 @@ fn run(serial: &mut Serial, config: &TickerConfig) {
         if tick.is_due(clock.now_us()) {
             say!(serial, "tick {ticks}");
             ticks += 1;
+            if config.reset_after_ticks == Some(ticks) {
+                say!(serial, "reset");
+                port::reset()
+            }
             if config.exit_after_ticks == Some(ticks) {
                 say!(serial, "done");
                 return;

@@ -17,7 +17,7 @@
 //! SVM and emulates level 0 instruction by instruction.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub mod cpio;
 pub mod debian;
@@ -31,6 +31,11 @@ pub static CHURN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/churn.elf"))
 /// The program that tortures a Linux guest, and is the other end of its stream: a static Linux executable.
 pub static TORTURE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/torture"));
 
+/// The program by which a Linux guest asks for a checkpoint of itself: a static Linux executable.
+pub static CHECKPOINT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/understudy-checkpoint"));
+/// What it is called.
+pub const CHECKPOINT_NAME: &str = "understudy-checkpoint";
+
 /// Every guest with the name of its file.
 pub static ALL: [(&str, &[u8]); 2] = [("ticker.elf", TICKER), ("churn.elf", CHURN)];
 
@@ -41,6 +46,18 @@ pub static ALL: [(&str, &[u8]); 2] = [("ticker.elf", TICKER), ("churn.elf", CHUR
 pub fn write_all(dir: &Path) -> io::Result<()> {
     ALL.iter()
         .try_for_each(|(name, image)| std::fs::write(dir.join(name), image))
+}
+
+/// Writes `understudy-checkpoint` into `dir`, which must exist; where it is.
+///
+/// # Errors
+/// Whatever the file system says.
+pub fn write_checkpoint(dir: &Path) -> io::Result<PathBuf> {
+    use std::os::unix::fs::PermissionsExt;
+    let path = dir.join(CHECKPOINT_NAME);
+    std::fs::write(&path, CHECKPOINT)?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+    Ok(path)
 }
 
 // The parts of the guests that are pure enough to run here, for the unit tests.

@@ -38,7 +38,7 @@ beat='n=0; while :; do n=$((n+1)); for c in 1 2 4 8; do taskset $c true || echo 
 line='console=ttyS0 quiet tsc=reliable panic=-1 us.run=shell'
 
 # Four vCPUs; checkpoints while they are started, each a delta on the one before.
-vmm run --name web --kernel "$kernel" --initrd "$initrd" --cmdline "$line" --memory 256M --cpus 4 --detach || fail "it does not run"
+vmm run --name web --kernel "$kernel" --initrd "$initrd" --cmdline "$line" --memory 256M --cpus 4 --vsock 3 --balloon 0M --detach || fail "it does not run"
 taken=0
 # The whole line: the console's file grows by pieces.
 until grep -q 'us: up.*run=' "$runs/web/console.log"; do
@@ -55,6 +55,29 @@ wait_for web '/ #'
 type_in web 'reboot -f'
 wait_for web 'us: up.*cpus=4' 2
 echo "restarted"
+
+# until_said NAME TEXT WHAT COMMAND..: until the command's output has the text.
+until_said() {
+    name=$1 text=$2 what=$3
+    shift 3
+    tries=0
+    until "$@" 2>&1 | grep -q "$text"; do
+        tries=$((tries + 1))
+        [ $tries -lt 120 ] || fail "$name: $what: $("$@" 2>&1)"
+        sleep 0.5
+    done
+}
+
+# The guest gives memory back through its balloon, and has it again.
+wait_for web '/ #' 2
+vmm balloon web 32M || fail "ask for memory"
+until_said web '"actual_mib": *32[,}]' "no memory came back" vmm balloon web --json
+vmm balloon web 0M || fail "let it have its memory"
+until_said web '"actual_mib": *0[,}]' "the memory did not go back" vmm balloon web --json
+# And finds the monitor over its stream sockets, which refuses a VM that nobody else would have.
+type_in web 'understudy-checkpoint early'
+wait_for web 'ERROR this VM is not protected'
+echo "balloon and stream sockets work"
 
 # checkpoint CLOCK BEATS: of the guest on that clock source, beating. Leaves its name in $checkpoint.
 source=/sys/devices/system/clocksource/clocksource0/current_clocksource
@@ -75,10 +98,13 @@ with_tsc=$checkpoint
 vmm stop web || fail "stop"
 store=/var/lib/understudy/vms/web
 
-# check NAME CHECKPOINT: it goes on elsewhere after a while, with the right time, which never goes back.
+# check NAME CHECKPOINT [OPTION..]: it goes on elsewhere after a while, with the right time, which never goes back.
 check() {
     vmm restore --check "$2" --from $store || fail "this host cannot run $2"
-    vmm restore --name "$1" "$2" --from $store --detach || fail "restore $2"
+    name=$1 point=$2
+    shift 2
+    vmm restore --name "$name" "$point" --from $store --detach "$@" || fail "restore $point"
+    set -- "$name" "$point"
     wait_for "$1" '^beat=' 4
     # Both now: until it is stopped the guest says later times.
     wall=$(said "$1" wall)
@@ -89,12 +115,31 @@ check() {
     [ $behind -ge -1 ] && [ $behind -lt 8 ] || fail "$2: the guest's time is $behind s behind the host's"
     sed -n 's/^up=//p' "$runs/$1/console.log" | sort -n -c || fail "$2: the guest's time went back"
     ! grep BAD "$runs/$1/console.log" || fail "$2: the guest complains"
+    # Its kernel has heard of the new generation id.
+    type_in "$1" "awk '/ACPI:Ged/ {print \"events=\" \$2+\$3+\$4+\$5}' /proc/interrupts"
+    wait_for "$1" '^events=[1-9]'
 }
 sleep 12
-check kvm "$with_kvm"
+standby serve --listen 127.0.0.1:7400 --data /run/standby --name here --insecure-plaintext >/run/standby.log 2>&1 &
+agent=$!
+until_said standby '^here ' "no agent" standby status --agent 127.0.0.1:7400 --insecure-plaintext
+check kvm "$with_kvm" --protect-to 127.0.0.1:7400 --every 5s --insecure-plaintext
+# The guest asks for a checkpoint, and is told when another process has it.
+type_in kvm 'understudy-checkpoint "from the guest"'
+wait_for kvm '^COMMITTED kvm/'
+named=$(sed -n 's/^COMMITTED \(kvm[^ ]*\).*/\1/p' $runs/kvm/console.log | tr -d '\r')
+standby show "$named" --agent 127.0.0.1:7400 --insecure-plaintext | grep -q 'guest: from the guest' || fail "the guest's checkpoint has not its name"
 vmm stop kvm
+kill $agent
+echo "checkpoints that the guest asks for are committed"
 check tsc "$with_tsc"
 echo "restored on both clock sources"
+
+# It restarts, where nobody has named it a kernel.
+type_in tsc 'reboot -f'
+wait_for tsc 'us: up.*cpus=4'
+wait_for tsc '/ #'
+echo "restarted after its restore"
 
 # It knows how to switch itself off.
 type_in tsc 'exit'

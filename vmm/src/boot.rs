@@ -15,6 +15,7 @@ use crate::acpi;
 use crate::layout::{COMMAND_LINE, GDT, LOW_RAM_END, RESET_PORT, RESET_VALUE, RESET_VECTOR, VirtioSlot};
 use crate::memory::{GuestMemory, GuestRam, PAGE_BYTES};
 
+pub mod kept;
 mod linux;
 mod pvh;
 
@@ -69,6 +70,15 @@ pub enum BootError {
         memory: u64,
         /// The guest physical address it must reach.
         needs: u64,
+    },
+    /// What the guest was booted from cannot be kept, or not be read again.
+    #[error(
+        "what the guest is booted from (kernel, initrd, command line) cannot be kept for its next reboot, or not be read"
+    )]
+    Kept {
+        /// Why not.
+        #[source]
+        source: std::io::Error,
     },
     /// The command line is too long or has a zero byte.
     #[error("the command line {why}")]

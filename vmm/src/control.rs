@@ -142,6 +142,8 @@ enum Command {
     Stop(Reply<()>),
     /// Log writes from now on; true when they already were.
     StartLogging(Reply<bool>),
+    /// Tell the guest that it is not the VM going on.
+    NewGenerationId(Reply<()>),
     /// The dirty set, with the guest running.
     TakeDirty(Reply<Vec<u64>>),
     /// Stop, save, take the dirty set, copy its pages into the buffers given, begin to capture the disks (all of them,
@@ -361,6 +363,14 @@ impl VmHandle {
         self.ask(Command::StartLogging).await.map(drop)
     }
 
+    /// Gives the guest a new generation id, by which it learns that what it remembers may not be what was.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn new_generation_id(&self) -> Result<(), ControlError> {
+        self.ask(Command::NewGenerationId).await
+    }
+
     pub(crate) fn start_logging(&self) -> Result<bool, ControlError> {
         self.ask_blocking(Command::StartLogging)
     }
@@ -402,6 +412,7 @@ impl Owner {
                     return;
                 }
                 Command::StartLogging(reply) => answer(reply, self.start_logging()),
+                Command::NewGenerationId(reply) => answer(reply, self.new_generation_id()),
                 Command::TakeDirty(reply) => answer(reply, self.take_dirty()),
                 Command::StopAndCopy(buffers, whole_disks, reply) => {
                     let result = self.stop_and_copy(buffers, whole_disks);
@@ -505,6 +516,10 @@ impl Owner {
         let already = vm.logging();
         vm.start_logging()?;
         Ok(already)
+    }
+
+    fn new_generation_id(&mut self) -> Result<(), ControlError> {
+        Ok(self.live("give a generation id to")?.new_generation_id()?)
     }
 
     fn take_dirty(&mut self) -> Result<Vec<u64>, ControlError> {

@@ -6,7 +6,7 @@
 //!                                  +------------------- Fenced, NeedFull, Committed ---------------+
 //! ```
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,6 +25,7 @@ use crate::boot::BootSource;
 use crate::clock::ClockPolicy;
 use crate::config::CheckpointConfig;
 use crate::control::{RunState, VmHandle};
+use crate::devices::virtio::disk::Disk;
 use crate::devices::virtio::setup::{DeviceConfig, Devices};
 use crate::memory::GuestRam;
 use crate::preflight::{self, Lack};
@@ -45,6 +46,7 @@ mod image;
 mod lease;
 mod ownership;
 mod report;
+pub mod requests;
 mod sole;
 
 pub use disks::{BindError, Bindings};
@@ -115,12 +117,18 @@ pub struct Session {
     vm: VmHandle,
     generation: Generation,
     restored_from: Option<SegmentName>,
+    /// Where its stream sockets meet, if it has them.
+    vsock: Option<PathBuf>,
     started: Instant,
     store: Arc<FsStore>,
     spool: Arc<Spool>,
     checkpoints: Checkpoints,
     /// What the checkpoint thread and the shipper's events report; held for a copy.
     progress: Arc<Mutex<Progress>>,
+    /// The newest checkpoint that is committed.
+    committed: watch::Sender<Option<SegmentName>>,
+    /// The guest may ask for checkpoints: not during a stop, whose last one is to be the last. Held while one is taken.
+    asking: tokio::sync::RwLock<bool>,
     /// Protection is turned on and off by requests that may overlap, and stopped at the end.
     guard: tokio::sync::Mutex<Option<Guard>>,
     /// Who acts on what the shipper reports; held for a moment.
@@ -156,6 +164,7 @@ struct Origin {
     /// What its first checkpoint may build on.
     parent: Option<Parent>,
     restored_from: Option<SegmentName>,
+    vsock: Option<PathBuf>,
 }
 
 impl Session {
@@ -182,9 +191,11 @@ impl Session {
         devices: &[DeviceConfig],
     ) -> Result<Self, SessionError> {
         let devices = Devices::open(devices)?;
+        let vsock = devices.vsock();
         // A new store waits for the disk, and the machine does not need it yet.
         let (settings, memory_bytes) = (config.clone(), machine.memory_bytes);
-        let opened = blocking(move || open_store(&settings, memory_bytes));
+        let booted_from = file_bytes(&source.kernel) + source.initrd.as_deref().map_or(0, file_bytes);
+        let opened = blocking(move || open_store(&settings, memory_bytes + booted_from));
         // The machine before the registry: a kernel that is none must not leave a VM behind in the cluster.
         let source = source.clone();
         let made = blocking(move || {
@@ -206,6 +217,7 @@ impl Session {
                 generation,
                 parent: None,
                 restored_from: None,
+                vsock,
             },
         )
     }
@@ -241,9 +253,14 @@ impl Session {
             source,
         })?;
         disks::check(&saved.virtio, bindings)?;
-        let store = open_store(&config, saved.config.memory_bytes)?;
-        let (devices, filling) = disks::prepare(&saved.virtio, bindings, &config.store, content.disks())?;
-        check_spaces(&tip, content.spaces(), saved.config.memory_bytes, &devices)?;
+        let booted_from = content.booted_from().map_or(0, Space::bytes);
+        let store = open_store(&config, saved.config.memory_bytes.saturating_add(booted_from))?;
+        let (devices, filling) =
+            disks::prepare(&saved.virtio, bindings, &config.store, content.disks().as_ref())?;
+        let boot = content.boot()?;
+        let disks: Vec<_> = devices.disks().chain(&boot).cloned().collect();
+        check_spaces(&tip, content.spaces(), saved.config.memory_bytes, &disks)?;
+        let vsock = devices.vsock();
         let manifest = content.manifest();
         let parent = Parent {
             name: tip.clone(),
@@ -253,7 +270,6 @@ impl Session {
         // The machine before the registry: a host that cannot run the VM must not become its owner.
         let vm = blocking(move || {
             VmHandle::start(|outbox, ended| {
-                let disks: Vec<_> = devices.disks().cloned().collect();
                 let memory = |bytes| content.memory(bytes);
                 let load = |ram: &GuestRam| content.fill(ram, &disks);
                 let leash = outbox.leash();
@@ -262,12 +278,18 @@ impl Session {
                         .attach(ram, &leash, Some(&saved.virtio))
                         .map_err(Into::into)
                 };
-                Vm::restore(&saved, clock, memory, load, &attach, outbox, ended)
+                let mut vm = Vm::restore(&saved, clock, memory, load, &attach, outbox, ended)?;
+                if let Some(boot) = boot {
+                    vm.set_boot(boot);
+                }
+                Ok(vm)
             })
         })
         .await??;
         // Everything written from here on is in the first delta.
         vm.log_from_now().await?;
+        // Every restore: the guest may have been heard after the checkpoint, and other copies of it may run.
+        vm.new_generation_id().await?;
         let implied = matches!(from, RestoreFrom::Store { chosen: false, .. }).then(|| Position {
             name: tip.clone(),
             checkpoint: parent.checkpoint,
@@ -287,6 +309,7 @@ impl Session {
                 generation,
                 parent,
                 restored_from: Some(tip),
+                vsock,
             },
         )
     }
@@ -321,6 +344,7 @@ impl Session {
             generation,
             parent,
             restored_from,
+            vsock,
         } = origin;
         let options = ProtectOptions {
             level: 1,
@@ -346,11 +370,14 @@ impl Session {
             vm,
             generation,
             restored_from,
+            vsock,
             started: Instant::now(),
             store,
             spool,
             checkpoints,
             progress,
+            committed: watch::Sender::new(None),
+            asking: tokio::sync::RwLock::new(true),
             guard: tokio::sync::Mutex::new(None),
             follower: Mutex::new(None),
             shown: Mutex::new(None),
@@ -408,6 +435,7 @@ impl Session {
             generation: self.generation,
             orders: self.checkpoints.orders(),
             progress: Arc::clone(&self.progress),
+            committed: self.committed.clone(),
             lease,
         };
         *lock(&self.follower) = Some(tokio::spawn(follower.follow(inbox)));
@@ -482,6 +510,22 @@ impl Session {
     /// [`SessionError::Checkpoint`]: the guest is as it was.
     pub async fn checkpoint(&self, request: CheckpointRequest) -> Result<CheckpointReport, SessionError> {
         self.checkpoints.take(request).await
+    }
+
+    /// The newest committed checkpoint, to wait for.
+    #[must_use]
+    pub fn committed(&self) -> watch::Receiver<Option<SegmentName>> {
+        self.committed.subscribe()
+    }
+
+    /// Answers checkpoints that the guest asks for, if it has stream sockets: see [`requests`]. Without its port the VM
+    /// runs as well, and the log says why it has none.
+    pub fn serve_guest(self: &Arc<Self>) {
+        if let Some(vsock) = &self.vsock
+            && let Err(error) = requests::serve(self, vsock)
+        {
+            tracing::warn!(vm = %self.config.name, error = %chain(&error), "the guest cannot ask for checkpoints");
+        }
     }
 
     /// The checkpoints in the local store, oldest first.
@@ -692,6 +736,7 @@ impl Session {
         let mut guard = self.guard.lock().await;
         self.leave_if_forgotten(&mut guard).await;
         self.checkpoints.every(None);
+        *self.asking.write().await = false;
         let live = matches!(
             *self.vm.state().borrow(),
             RunState::Running | RunState::Paused | RunState::Lapsed { .. }
@@ -763,13 +808,22 @@ const MAX_LINKS: u32 = 1000;
 /// What the local store of a protected VM may take at least, beside its memory's share.
 const SPOOL_BYTES: u64 = 256 << 20;
 
+/// The length of a file; 0 when there is none, which is said where it is read.
+fn file_bytes(path: &Path) -> u64 {
+    std::fs::metadata(path).map_or(0, |file| file.len())
+}
+
+/// `memory_bytes`: of what is in a full checkpoint beside the disks.
 fn open_store(config: &SessionConfig, memory_bytes: u64) -> Result<Arc<FsStore>, SessionError> {
     // A protected VM's local store dies with its host and is only a way to the holders; without holders it is all
     // there is.
     let (durability, usual) = match config.protection {
         // Room for a full checkpoint beside the one before it and the deltas meanwhile: with less, a holder that
         // lags too far could never be given a new start.
-        Some(_) => (Durability::Spool, Some(3 * memory_bytes + SPOOL_BYTES)),
+        Some(_) => (
+            Durability::Spool,
+            Some(memory_bytes.saturating_mul(3).saturating_add(SPOOL_BYTES)),
+        ),
         None => (Durability::Durable, None),
     };
     let store = FsStore::open(&config.store, config.store_budget.or(usual), durability)?;
@@ -877,18 +931,18 @@ fn plan_from(
     })
 }
 
-/// The memory and the disks the records speak of are those the pages are for.
+/// The memory and the disks that the records speak of, and what the guest was booted from, are those the pages are for.
 fn check_spaces(
     tip: &SegmentName,
     spaces: &[Space],
     memory_bytes: u64,
-    devices: &Devices,
+    disks: &[Arc<Disk>],
 ) -> Result<(), SessionError> {
     let unfit = |why| SessionError::Unfit {
         name: tip.clone(),
         why,
     };
-    let Some((memory, disks)) = spaces.split_first() else {
+    let Some((memory, others)) = spaces.split_first() else {
         return Err(unfit("it has no address space".into()));
     };
     let bytes = memory.bytes();
@@ -900,12 +954,11 @@ fn check_spaces(
             "its memory space has {bytes} bytes and its machine {memory_bytes}"
         )));
     }
-    let wanted: Vec<_> = devices
-        .disks()
+    let wanted = disks
+        .iter()
         .enumerate()
-        .map(|(index, disk)| disk_space(index, disk))
-        .collect();
-    if disks != wanted {
+        .map(|(index, disk)| disk_space(index, disk));
+    if !wanted.eq(others.iter().cloned()) {
         return Err(unfit(
             "its address spaces are not those of the disks its machine has".into(),
         ));

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use kvm_bindings::{kvm_clock_data, kvm_irqchip, kvm_pit_state2};
 use kvm_ioctls::{VcpuFd, VmFd};
 
-use crate::boot::{self, BootError, BootSource};
+use crate::boot::{self, BootError, BootSource, kept};
 use crate::bus::{Attached, Bus, MmioDevice, Occupied};
 use crate::clock::{ClockPolicy, HostClock, SavedClock};
 use crate::cpuid;
@@ -34,8 +34,10 @@ use crate::memory::{GuestRam, MemoryError};
 use crate::outbox::Outbox;
 use crate::vcpu::state::{self, RestoreError, VcpuState};
 use crate::vcpu::{GuestEnd, Vcpu, VcpuError};
+use generation::GenerationId;
 use parts::{Parts, tie};
 
+mod generation;
 mod parts;
 mod paused;
 
@@ -124,7 +126,7 @@ pub enum VmError {
     /// A device could not be made.
     #[error("attach the devices")]
     Attach(#[source] BoxedError),
-    /// A machine that was restored does not know its kernel.
+    /// A machine of a checkpoint that does not have what it was booted from.
     #[error("the kernel to restart with is not known here")]
     NoKernel,
     /// The guest's memory could not be zeroed for a restart.
@@ -136,6 +138,9 @@ pub enum VmError {
         #[source]
         source: rustix::io::Errno,
     },
+    /// The generation id.
+    #[error("give the guest a generation id")]
+    GenerationId(#[source] std::io::Error),
     /// The CPU to show the guest.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -184,8 +189,9 @@ pub struct Vm {
     start_clock: Option<SavedClock>,
     running: bool,
     life: u64,
-    /// What it was booted from, if that was here.
-    source: Option<BootSource>,
+    generation_id: GenerationId,
+    /// What it was booted from: see [`kept`].
+    boot: Option<Arc<Disk>>,
     outbox: Outbox,
     ended: Ended,
 }
@@ -220,7 +226,8 @@ impl Vm {
         let serial = SerialPort::new(parts.serial_interrupt()?, outbox.writer());
         let bus = Bus::new(serial, I8042::default(), Rtc::default());
         let mut vm = Self::assemble(parts, config, ram, bus, attached, (outbox, ended))?;
-        vm.source = Some(source.clone());
+        vm.boot = Some(kept::keep(source)?);
+        vm.generation_id.write(&vm.ram)?;
         Ok(vm)
     }
 
@@ -252,7 +259,8 @@ impl Vm {
             start_clock: None,
             running: false,
             life: 0,
-            source: None,
+            generation_id: GenerationId::random()?,
+            boot: None,
             outbox: outbox.clone(),
             ended: Arc::clone(ended),
         };
@@ -275,10 +283,15 @@ impl Vm {
         Ok(())
     }
 
-    /// Whether it can be restarted: it was booted here, and so its kernel is known.
+    /// Whether it can be restarted: it is known what it was booted from.
     #[must_use]
     pub fn can_restart(&self) -> bool {
-        self.source.is_some()
+        self.boot.is_some()
+    }
+
+    /// What a machine that was restored was booted from: a [`kept`] one.
+    pub fn set_boot(&mut self, boot: Arc<Disk>) {
+        self.boot = Some(boot);
     }
 
     /// How often it was restarted. What an [`Ended`] of an earlier life says is old.
@@ -295,7 +308,9 @@ impl Vm {
     /// # Errors
     /// [`VmError`]: the machine is then of no use.
     pub fn restart(&mut self) -> Result<(), VmError> {
-        let source = self.source.clone().ok_or(VmError::NoKernel)?;
+        // Opened while the memory is as it was: when that fails, nothing has been lost but a guest that has ended.
+        let kept = kept::open(self.boot.as_ref().ok_or(VmError::NoKernel)?)?;
+        let source = kept.source();
         // The threads end here, and with them the only users of what is replaced below.
         self.vcpus.clear();
         self.running = false;
@@ -306,7 +321,9 @@ impl Vm {
         let written = self.ram.populated().map_err(refused("lseek"))?;
         self.ram.clear().map_err(refused("fallocate"))?;
         self.dirty.put_back(written.into_iter().flatten());
-        let entry = boot::load(&self.ram, &source, self.config.vcpus, &slots_of(&self.attached))?;
+        let entry = boot::load(&self.ram, source, self.config.vcpus, &slots_of(&self.attached))?;
+        // The same as before: after a reboot nothing is remembered twice.
+        self.generation_id.write(&self.ram)?;
         let parts = Parts::new(self.config.vcpus)?;
         set_slots(&parts.fd, &self.ram, self.logging)?;
         parts.at_entry(self.config, entry)?;
@@ -406,9 +423,10 @@ impl Vm {
         &self.attached
     }
 
-    /// Its disks, in the order of their slots: each is an address space.
+    /// Its disks, in the order of their slots, and what it was booted from: each is an address space.
     pub fn disks(&self) -> impl Iterator<Item = &Arc<Disk>> {
-        self.attached.iter().filter_map(|attached| attached.disk.as_ref())
+        let disks = self.attached.iter().filter_map(|attached| attached.disk.as_ref());
+        disks.chain(&self.boot)
     }
 
     /// Whether the guest has ended of itself on some vCPU.

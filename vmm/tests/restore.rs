@@ -264,3 +264,103 @@ async fn what_cannot_be_restored_says_so() {
         vmm::session::chain(&error)
     );
 }
+
+/// The page with the generation id, as it is in the guest's memory.
+fn generation_id(session: &Session) -> [u8; 16] {
+    let mut page = vec![0; 4096];
+    session
+        .vm()
+        .ram()
+        .read_pages(vmm::layout::GENERATION_ID / 4096, &mut page);
+    assert!(page[16..].iter().all(|&byte| byte == 0));
+    page[..16].try_into().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_restore_has_a_generation_id_of_its_own_and_a_reboot_keeps_it() {
+    let guests = Guests::new();
+    let dir = tempfile::tempdir().unwrap();
+    let source = guests.source("ticker", "period_ms=2 reset_after_ticks=100");
+    let session = Session::boot(config("ids", dir.path()), small(16), &source)
+        .await
+        .unwrap();
+    let first = generation_id(&session);
+    assert_ne!(first, [0; 16]);
+    session.resume().await.unwrap();
+    tokio::task::block_in_place(|| {
+        wait_for(session.vm().outbox(), |text| {
+            (text.matches("ticker up").count() >= 2).then_some(())
+        });
+    });
+    assert_eq!(generation_id(&session), first);
+    session.pause().await.unwrap();
+    let taken = session.checkpoint(full()).await.unwrap();
+    assert_eq!(generation_id(&session), first);
+    stop(session).await;
+
+    let mut seen = vec![first];
+    for _ in 0..3 {
+        let from = RestoreFrom::Store {
+            dir: dir.path().to_owned(),
+            segment: Some(taken.name.parse().unwrap()),
+            chosen: true,
+        };
+        let session = Session::restore(config("ids", dir.path()), from, ClockPolicy::Frozen)
+            .await
+            .unwrap();
+        let id = generation_id(&session);
+        assert!(!seen.contains(&id), "{seen:?} {id:?}");
+        seen.push(id);
+        // It is a change since the checkpoint, of a guest that has not run.
+        let changed = session.checkpoint(CheckpointRequest::default()).await.unwrap();
+        assert_eq!(
+            (changed.kind.as_str(), changed.data_pages),
+            ("delta", 1),
+            "{changed:?}"
+        );
+        stop(session).await;
+    }
+}
+
+/// A guest that resets after its restore boots again, from what came with the checkpoint.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_was_restored_can_reboot_where_its_files_are_not() {
+    let guests = Guests::new();
+    let dir = tempfile::tempdir().unwrap();
+    let source = guests.source("ticker", "period_ms=2 reset_after_ticks=150");
+    let session = Session::boot(config("web", dir.path()), small(16), &source)
+        .await
+        .unwrap();
+    session.resume().await.unwrap();
+    tokio::task::block_in_place(|| {
+        wait_for(session.vm().outbox(), |text| {
+            text.contains("tick 20").then_some(())
+        })
+    });
+    session.checkpoint(full()).await.unwrap();
+    session.checkpoint(CheckpointRequest::default()).await.unwrap();
+    stop(session).await;
+    drop(guests);
+
+    for round in 0..2 {
+        let session = Session::restore(
+            config("web", dir.path()),
+            from_store(dir.path()),
+            ClockPolicy::Frozen,
+        )
+        .await
+        .unwrap();
+        session.resume().await.unwrap();
+        // Not from the checkpoint: from its first instruction on, again and again.
+        tokio::task::block_in_place(|| {
+            wait_for(session.vm().outbox(), |text| {
+                let (_, rebooted) = text.split_once("ticker up")?;
+                (rebooted.contains("ticker up") && rebooted.contains("tick 149")).then_some(())
+            });
+        });
+        assert!(session.vm().restarts() >= 2, "{round}");
+        // What it was booted from is in what this one takes, too.
+        session.checkpoint(full()).await.unwrap();
+        stop(session).await;
+    }
+}

@@ -8,7 +8,8 @@ use guest_images::debian::{Image, Packages, cache, root_disk};
 
 const USAGE: &str = "\
 usage: guest-images DIR
-           writes the bare-metal guests ticker.elf and churn.elf into the existing directory DIR
+           writes the bare-metal guests ticker.elf and churn.elf, and understudy-checkpoint, by which a Linux guest asks
+           for a checkpoint of itself, into the existing directory DIR
        guest-images debian DIR
            makes a Debian guest in DIR: vmlinuz, vmlinux (for PVH), initramfs.cpio, and torture for the host
        guest-images debian-root FILE
@@ -50,6 +51,12 @@ fn bare_metal(dir: &Path) -> Result<(), Box<dyn Error>> {
     for (name, image) in guest_images::ALL {
         println!("wrote {} ({} bytes)", dir.join(name).display(), image.len());
     }
+    let program = guest_images::write_checkpoint(dir).map_err(failed)?;
+    println!(
+        "wrote {} ({} bytes)",
+        program.display(),
+        guest_images::CHECKPOINT.len()
+    );
     Ok(())
 }
 

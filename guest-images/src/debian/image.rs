@@ -3,7 +3,7 @@
 //! ```text
 //! DIR/vmlinuz            Debian's bzImage
 //! DIR/vmlinux            the same kernel uncompressed: ELF64 with a PVH entry
-//! DIR/initramfs.cpio     /init, /bin/busybox, /bin/torture, /modules/*.ko
+//! DIR/initramfs.cpio     /init, /bin/busybox, /bin/torture, /bin/understudy-checkpoint, /modules/*.ko
 //! DIR/torture            for the host: `torture peer`, `torture check`
 //! DIR/id                 what all of it was made of; written last
 //! ```
@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 
 use super::packages::Packages;
 use super::{Error, Kernel, io};
-use crate::TORTURE;
 use crate::cpio::Archive;
+use crate::{CHECKPOINT, CHECKPOINT_NAME, TORTURE};
 
 const INIT: &str = include_str!("init.sh");
 /// Raised when the same inputs give other bytes.
@@ -60,7 +60,12 @@ impl Image {
         let busybox = packages.get("busybox-static")?;
         let mut ours = blake3::Hasher::new();
         ours.update(&LAYOUT.to_le_bytes());
-        for part in [INIT.as_bytes(), TORTURE, format!("{MODULES:?}").as_bytes()] {
+        for part in [
+            INIT.as_bytes(),
+            TORTURE,
+            CHECKPOINT,
+            format!("{MODULES:?}").as_bytes(),
+        ] {
             ours.update(&(part.len() as u64).to_le_bytes()).update(part);
         }
         let id = format!("{} {} {}\n", linux.id, busybox.id, ours.finalize().to_hex());
@@ -102,6 +107,7 @@ fn initramfs(kernel: &Kernel, busybox: &Path) -> Result<Vec<u8>, Error> {
     let busybox = fs::read(busybox).map_err(io("read", busybox))?;
     archive.file("bin/busybox", 0o755, busybox);
     archive.file("bin/torture", 0o755, TORTURE);
+    archive.file(&format!("bin/{CHECKPOINT_NAME}"), 0o755, CHECKPOINT);
     kernel.add_modules(&MODULES, &mut archive)?;
     Ok(archive.finish())
 }

@@ -2,7 +2,8 @@
 # The init of the Debian guest. Words of the kernel's command line tell it what to do:
 #
 #   us.run=shell      a shell on the console (the default); leaving it ends the guest
-#   us.run=idle       waits; a line `poweroff` or `reboot` on the console ends it, `torture ..` runs that
+#   us.run=idle       waits; a line `poweroff` or `reboot` on the console ends it, `torture ..` and
+#                     `understudy-checkpoint ..` run that
 #   us.run=torture    everything that `torture all` does
 #   us.disk=DEVICE    an ext4 disk to mount at /mnt: vda ..; torture keeps its records there
 #   us.root=DEVICE    an ext4 disk with a Debian root, in which all of this runs
@@ -88,7 +89,7 @@ idle)
     while read -r line; do
         case $line in
         poweroff | reboot) after=$line; break ;;
-        "torture "*) $line ;;
+        "torture "* | understudy-checkpoint*) $line ;;
         "") ;;
         *) echo "us: unknown: $line" ;;
         esac

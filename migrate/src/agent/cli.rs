@@ -165,7 +165,7 @@ struct ServeArgs {
     #[arg(long, value_name = "SIZE")]
     budget: Option<ByteSize>,
     /// Which restore points are kept, like last=50,hourly=24,daily=7; also weekly, monthly, yearly. `standby keep VM`
-    /// says otherwise for one VM. The newest, labelled ones and those in use are always kept.
+    /// says otherwise for one VM. The newest, labelled ones (of a guest's own the newest 16) and those in use are always kept.
     #[arg(long, value_name = "POLICY", default_value = "all")]
     keep: KeepPolicy,
     /// The most links that a restore has to read, the full segment included: longer chains are folded.

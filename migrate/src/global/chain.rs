@@ -176,7 +176,7 @@ impl ChainRecord {
         Point {
             name: tip.name.clone(),
             created_unix_ns: tip.created_unix_ns,
-            labelled: tip.label.is_some(),
+            label: tip.label.clone(),
         }
     }
 

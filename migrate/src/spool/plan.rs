@@ -17,7 +17,7 @@ use std::collections::{HashMap, HashSet};
 use segment::SegmentName;
 
 use super::Position;
-use crate::store::Entry;
+use crate::store::{Entry, GUEST_LABEL};
 
 /// Above this share of the bound (in percent) what nobody needs for its newest state is dropped, and runs of small
 /// segments are merged.
@@ -50,7 +50,10 @@ impl From<&Entry> for SpoolEntry {
             at: Position::from(entry),
             parent,
             bytes: entry.bytes,
-            labelled: entry.label.is_some(),
+            labelled: entry
+                .label
+                .as_ref()
+                .is_some_and(|label| !label.starts_with(GUEST_LABEL)),
         }
     }
 }

@@ -11,10 +11,10 @@ use std::time::Duration;
 
 use segment::{Epoch, Generation, SegmentName, VmId};
 
-use super::Point;
+use super::{GUEST_LABEL, Point};
 
 /// A moment in a VM's life, as a person writes it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Moment {
     /// A time, in nanoseconds of Unix time.
     Time(u64),
@@ -22,15 +22,20 @@ pub enum Moment {
     Ago(Duration),
     /// A checkpoint by its numbers.
     Number(Option<Generation>, Epoch),
+    /// A label, of a person or of the guest.
+    Label(String),
 }
+
+/// What a label is written behind.
+const LABEL: &str = "label=";
 
 /// Why there is no such restore point.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MomentError {
     /// The text is none.
     #[error(
-        "{0:?} is no moment: write a time like 2026-11-24T09:30:00Z (with an offset or Z), an age like -10m, or a \
-         checkpoint like 42 or 3/42"
+        "{0:?} is no moment: write a time like 2026-11-24T09:30:00Z (with an offset or Z), an age like -10m, a checkpoint \
+         like 42 or 3/42, or label= and a label"
     )]
     Text(String),
     /// Nothing is that old.
@@ -51,6 +56,14 @@ pub enum MomentError {
         /// As it was written.
         wanted: String,
     },
+    /// Nothing is called so.
+    #[error("{vm} has no restore point here with the label {wanted:?}")]
+    NoLabel {
+        /// The VM.
+        vm: VmId,
+        /// The label.
+        wanted: String,
+    },
     /// There is no point at all.
     #[error("{0} has no restore point here")]
     Nothing(VmId),
@@ -61,6 +74,9 @@ impl FromStr for Moment {
 
     fn from_str(text: &str) -> Result<Self, MomentError> {
         let bad = || MomentError::Text(text.chars().take(80).collect());
+        if let Some(label) = text.strip_prefix(LABEL) {
+            return Ok(Self::Label(label.to_owned()));
+        }
         if let Some(age) = text.strip_prefix('-') {
             let age = humantime::parse_duration(age).map_err(|_| bad())?;
             return Ok(Self::Ago(age));
@@ -89,6 +105,7 @@ impl fmt::Display for Moment {
             Self::Ago(age) => write!(f, "{} ago", humantime::format_duration(*age)),
             Self::Number(Some(generation), epoch) => write!(f, "{generation}/{epoch}"),
             Self::Number(None, epoch) => write!(f, "{epoch}"),
+            Self::Label(label) => write!(f, "{LABEL}{label}"),
         }
     }
 }
@@ -107,8 +124,8 @@ impl Moment {
         now.map_or(0, |now| u64::try_from(now.as_nanos()).unwrap_or(u64::MAX))
     }
 
-    /// The restore point that is meant, of all of `vm`'s: the newest taken at or before a time, or the one with the
-    /// numbers. Of several taken at one time the newest by its numbers.
+    /// The restore point that is meant, of all of `vm`'s: the newest taken at or before a time, the one with the
+    /// numbers, or the newest with the label. Of several taken at one time the newest by its numbers.
     ///
     /// # Errors
     /// When there is none, saying what there is.
@@ -122,17 +139,34 @@ impl Moment {
             let fitting = points.iter().filter(|point| fits(point));
             fitting.max_by_key(|point| point.name.position())
         };
-        let until = match *self {
+        let until = match self {
             Self::Number(generation, epoch) => {
                 let fits = |name: &SegmentName| {
-                    name.epoch == epoch && generation.is_none_or(|g| name.generation == g)
+                    name.epoch == *epoch && generation.is_none_or(|g| name.generation == g)
                 };
                 return newest(&|point| fits(&point.name)).ok_or_else(|| MomentError::NoNumber {
                     vm: vm.clone(),
                     wanted: self.to_string(),
                 });
             }
-            Self::Time(at) => at,
+            Self::Label(wanted) => {
+                // A person's first: a guest must not lead them elsewhere by taking their words.
+                let person = newest(&|point| point.label.as_deref() == Some(wanted));
+                let guest = |point: &Point| {
+                    let label = point
+                        .label
+                        .as_deref()
+                        .and_then(|label| label.strip_prefix(GUEST_LABEL));
+                    label == Some(wanted)
+                };
+                return person
+                    .or_else(|| newest(&guest))
+                    .ok_or_else(|| MomentError::NoLabel {
+                        vm: vm.clone(),
+                        wanted: wanted.clone(),
+                    });
+            }
+            Self::Time(at) => *at,
             Self::Ago(age) => {
                 let age = u64::try_from(age.as_nanos()).unwrap_or(u64::MAX);
                 now_unix_ns.saturating_sub(age)
@@ -164,7 +198,7 @@ mod tests {
         Point {
             name: SegmentName::new(VmId::new("web").unwrap(), Generation(generation), Epoch(epoch)),
             created_unix_ns: seconds * SECOND,
-            labelled: false,
+            label: None,
         }
     }
 
@@ -209,6 +243,33 @@ mod tests {
             "1969-01-01T00:00:00Z",
         ] {
             assert!(text.parse::<Moment>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_label_names_the_newest_that_has_it() {
+        let vm = VmId::new("web").unwrap();
+        let labelled = |epoch, label: &str| Point {
+            label: Some(label.to_owned()),
+            ..point(1, epoch, epoch)
+        };
+        let points = [
+            labelled(1, "before the upgrade"),
+            labelled(2, "guest: saved"),
+            labelled(3, "before the upgrade"),
+            labelled(4, "guest: before the upgrade"),
+            point(1, 5, 5),
+        ];
+        let chosen = |text: &str| {
+            let moment: Moment = text.parse().unwrap();
+            moment.choose(&vm, &points, 0).map(|point| point.name.epoch.0)
+        };
+        assert_eq!(chosen("label=before the upgrade"), Ok(3));
+        assert_eq!(chosen("label=saved"), Ok(2));
+        assert_eq!(chosen("label=guest: saved"), Ok(2));
+        for none in ["label=", "label=before"] {
+            let error = chosen(none).unwrap_err().to_string();
+            assert!(error.contains("no restore point here with the label"), "{error}");
         }
     }
 

@@ -248,7 +248,7 @@ fn a_thousand_epochs_by_policy_stay_level_and_every_point_is_right() {
         .map(|epoch| Point {
             name: SegmentName::new(vm("web"), Generation(1), Epoch(epoch)),
             created_unix_ns: (1_767_225_600 + epoch * 600) * 1_000_000_000,
-            labelled: false,
+            label: None,
         })
         .collect();
     assert_eq!(kept, policy.keep(&all));

@@ -9,7 +9,8 @@
 //!
 //! Points are ordered by generation and epoch, never by their times: a clock that was set back reorders nothing. Hours,
 //! days (from midnight), weeks (from Monday), months and years are those of UTC. The rules add up: a point is kept when
-//! any rule keeps it, when a person has labelled it, and when it is the newest.
+//! any rule keeps it, when a person has labelled it, and when it is the newest. Of those that the guest itself has
+//! labelled the newest [`GUEST_KEPT`] are kept so: a guest must not fill the disks of its holders.
 
 use std::collections::{BTreeSet, HashSet};
 use std::fmt;
@@ -17,6 +18,10 @@ use std::str::FromStr;
 
 use segment::SegmentName;
 
+/// What a label begins with that the guest gave. No person's does.
+pub const GUEST_LABEL: &str = "guest: ";
+/// How many of the points that a guest has labelled are kept whatever the policy says: the newest.
+pub const GUEST_KEPT: usize = 16;
 /// The most points one rule may keep.
 const MAX_RULE: u32 = 1_000_000;
 /// The longest policy, in bytes.
@@ -32,8 +37,26 @@ pub struct Point {
     pub name: SegmentName,
     /// When the guest was stopped for it, in nanoseconds of Unix time.
     pub created_unix_ns: u64,
-    /// Whether a person gave it a label.
-    pub labelled: bool,
+    /// What a person called it, or, behind [`GUEST_LABEL`], the guest.
+    pub label: Option<String>,
+}
+
+/// Who gave a label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum By {
+    Person,
+    Guest,
+}
+
+impl Point {
+    fn labelled_by(&self) -> Option<By> {
+        let label = self.label.as_deref()?;
+        Some(if label.starts_with(GUEST_LABEL) {
+            By::Guest
+        } else {
+            By::Person
+        })
+    }
 }
 
 /// How many restore points of which kind are kept. Without any rule, all are.
@@ -108,9 +131,13 @@ impl KeepPolicy {
         let mut kept: BTreeSet<SegmentName> = newest_first
             .iter()
             .enumerate()
-            .filter(|(i, point)| *i == 0 || point.labelled)
+            .filter(|(i, point)| *i == 0 || point.labelled_by() == Some(By::Person))
             .map(|(_, point)| point.name.clone())
             .collect();
+        let by_guest = newest_first
+            .iter()
+            .filter(|point| point.labelled_by() == Some(By::Guest));
+        kept.extend(by_guest.take(GUEST_KEPT).map(|point| point.name.clone()));
         for ((rule, _), count) in RULES.iter().zip(self.counts) {
             let mut seen = HashSet::new();
             for point in &newest_first {
@@ -211,11 +238,11 @@ mod tests {
 
     use super::*;
 
-    fn point(generation: u64, epoch: u64, created_unix_ns: u64, labelled: bool) -> Point {
+    fn point(generation: u64, epoch: u64, created_unix_ns: u64, label: Option<&str>) -> Point {
         Point {
             name: SegmentName::new(VmId::new("web").unwrap(), Generation(generation), Epoch(epoch)),
             created_unix_ns,
-            labelled,
+            label: label.map(str::to_owned),
         }
     }
 
@@ -235,9 +262,16 @@ mod tests {
         };
         let mut kept: BTreeSet<_> = points
             .iter()
-            .filter(|p| p.labelled)
+            .filter(|p| p.label.as_deref() == Some("mine"))
             .map(|p| p.name.clone())
             .collect();
+        let mut guests: Vec<_> = points
+            .iter()
+            .filter(|p| p.label.as_deref() == Some("guest: its own"))
+            .map(|p| p.name.clone())
+            .collect();
+        guests.sort_by_key(SegmentName::position);
+        kept.extend(guests.into_iter().rev().take(GUEST_KEPT));
         kept.extend(
             points
                 .iter()
@@ -273,7 +307,12 @@ mod tests {
                 hours += step * i64::from(step % 3 == 0) + i64::from(step % 5 == 0);
                 generation += u64::from(next_generation && epoch % 7 == 0);
                 let at = hours as u64 * NS_PER_HOUR / 2 + 7;
-                points.push(point(generation, epoch as u64, at, label == 0));
+                let label = match label {
+                    0 => Some("mine"),
+                    1..8 => Some("guest: its own"),
+                    _ => None,
+                };
+                points.push(point(generation, epoch as u64, at, label));
             }
             let policy = KeepPolicy { counts };
             prop_assert_eq!(policy.keep(&points), oracle(&points, counts));
@@ -309,7 +348,7 @@ mod tests {
 
     #[test]
     fn everything_is_kept_without_a_rule_and_nothing_of_nothing() {
-        let points = [point(1, 1, 0, false), point(1, 2, 0, false)];
+        let points = [point(1, 1, 0, None), point(1, 2, 0, None)];
         assert_eq!(KeepPolicy::ALL.keep(&points).len(), 2);
         assert_eq!("last=1".parse::<KeepPolicy>().unwrap().keep(&[]).len(), 0);
     }

@@ -95,7 +95,7 @@ impl From<&Entry> for Point {
         Self {
             name: entry.name.clone(),
             created_unix_ns: entry.created_unix_ns,
-            labelled: entry.label.is_some(),
+            label: entry.label.clone(),
         }
     }
 }

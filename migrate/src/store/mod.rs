@@ -75,7 +75,7 @@ pub use collector::{CollectOptions, Collected};
 pub use error::{ChainError, StoreError};
 pub use health::{Health, SegmentCheck};
 pub use incoming::Incoming;
-pub use keep::{KeepPolicy, Point, PolicyError};
+pub use keep::{GUEST_KEPT, GUEST_LABEL, KeepPolicy, Point, PolicyError};
 pub use lease::{Lease, Reading};
 pub use lineage::Lineage;
 pub use open::promised_in;

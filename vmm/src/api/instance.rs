@@ -259,7 +259,9 @@ impl Instance {
                 session
             }
         };
-        Ok(Arc::new(session))
+        let session = Arc::new(session);
+        session.serve_guest();
+        Ok(session)
     }
 
     /// Ends the VM, if there is one, and then this process; how it went. A second call waits for the first.

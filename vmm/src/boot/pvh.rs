@@ -32,11 +32,20 @@ pub(super) fn load(room: Room<'_>, kernel: &mut Kernel<'_>) -> Result<Loaded<u64
     }
 }
 
-/// The end of the last loaded part, BSS included: the loader copies file contents only and would not notice that
-/// the zeroed rest lies outside the guest's memory. Checks the class and machine, which the loader does not.
-fn kernel_end(kernel: &Kernel<'_>) -> Result<u64, BootError> {
+/// A program header.
+struct Program {
+    kind: u32,
+    /// Where its bytes are in the file.
+    offset: u64,
+    /// Its guest physical address.
+    start: u64,
+    in_file: u64,
+    in_memory: u64,
+}
+
+/// The program headers, and where they end in the file. Checks the class and machine, which the loader does not.
+fn programs(kernel: &Kernel<'_>) -> Result<(Vec<Program>, u64), BootError> {
     const PROGRAM_HEADER_BYTES: u64 = 56;
-    const PT_LOAD: u32 = 1;
     let mut header = [0; 64];
     kernel.header(&mut header, 0)?;
     let u16_at = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
@@ -53,7 +62,7 @@ fn kernel_end(kernel: &Kernel<'_>) -> Result<u64, BootError> {
     let mut offset = [0; 8];
     offset.copy_from_slice(&header[32..40]);
     let offset = u64::from_le_bytes(offset);
-    let mut end = 0;
+    let (mut programs, mut end) = (Vec::new(), header.len() as u64);
     for number in 0..u64::from(u16_at(56)) {
         let mut program = [0; PROGRAM_HEADER_BYTES as usize];
         let at = offset
@@ -65,10 +74,40 @@ fn kernel_end(kernel: &Kernel<'_>) -> Result<u64, BootError> {
             bytes.copy_from_slice(&program[at..at + 8]);
             u64::from_le_bytes(bytes)
         };
-        if u32::from_le_bytes([program[0], program[1], program[2], program[3]]) != PT_LOAD {
-            continue;
-        }
-        let (start, in_file, in_memory) = (u64_at(24), u64_at(32), u64_at(40));
+        programs.push(Program {
+            kind: u32::from_le_bytes([program[0], program[1], program[2], program[3]]),
+            offset: u64_at(8),
+            start: u64_at(24),
+            in_file: u64_at(32),
+            in_memory: u64_at(40),
+        });
+        end = end.max(at + PROGRAM_HEADER_BYTES);
+    }
+    Ok((programs, end))
+}
+
+/// How much of the file is of any use to a boot: what follows (symbols, debugging information) is not read.
+pub(super) fn used_bytes(kernel: &Kernel<'_>) -> Result<u64, BootError> {
+    let (programs, end) = programs(kernel)?;
+    let ends = programs
+        .iter()
+        .map(|program| program.offset.saturating_add(program.in_file));
+    Ok(ends.fold(end, u64::max))
+}
+
+/// The end of the last loaded part, BSS included: the loader copies file contents only and would not notice that
+/// the zeroed rest lies outside the guest's memory.
+fn kernel_end(kernel: &Kernel<'_>) -> Result<u64, BootError> {
+    const PT_LOAD: u32 = 1;
+    let mut end = 0;
+    let (programs, _) = programs(kernel)?;
+    for program in programs.into_iter().filter(|program| program.kind == PT_LOAD) {
+        let Program {
+            start,
+            in_file,
+            in_memory,
+            ..
+        } = program;
         let part = start.checked_add(in_memory.max(in_file));
         end = end.max(part.ok_or_else(|| kernel.not("a program header wraps around the address space"))?);
         if start < HIGH_MEMORY && in_memory > 0 {

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use super::size;
+use crate::boot::kept;
 use crate::config::{BalloonConfig, DriveConfig, NetworkConfig, VsockConfig};
+use crate::devices::virtio::setup::DISK;
 
 fn named(text: &str) -> Result<(&str, &str), String> {
     match text.split_once('=') {
@@ -80,6 +82,15 @@ pub(super) fn balloon_mib(text: &str) -> Result<u32, String> {
         "0" => Ok(0),
         _ => u32::try_from(size::mib(text)?).map_err(|_| format!("{text} is more than any guest has")),
     }
+}
+
+/// `disk:NAME=FILE`, or `boot=FILE` for what the guest was booted from.
+pub(super) fn image_file(text: &str) -> Result<(String, String), String> {
+    let (name, file) = named(text)?;
+    if name != kept::NAME && !name.starts_with(DISK) {
+        return Err(format!("an image has no {name:?}: disk:NAME or {}", kept::NAME));
+    }
+    Ok((name.into(), file.into()))
 }
 
 /// `disk:NAME=FILE`, `net:NAME=TAP` or `vsock:0=PATH`.

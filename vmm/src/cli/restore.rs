@@ -65,8 +65,8 @@ pub(super) struct Restore {
     /// The id of the checkpoint that the image is of
     #[arg(long, value_name = "ID", requires = "image")]
     image_checkpoint: Option<CheckpointId>,
-    /// The image of a disk: it becomes the disk's file. Can be given again
-    #[arg(long, value_name = "disk:NAME=FILE", requires = "image", value_parser = devices::binding)]
+    /// The image of a disk: it becomes the disk's file; and, as boot, of what the guest was booted from. Can be given again
+    #[arg(long, value_name = "disk:NAME=FILE", requires = "image", value_parser = devices::image_file)]
     image_disk: Vec<(String, String)>,
     #[command(flatten)]
     keeping: Keeping,

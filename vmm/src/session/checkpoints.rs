@@ -9,7 +9,6 @@ use migrate::checkpoint::Seen;
 use migrate::protect::{CheckpointRequest, ProtectError, Protector, Taken};
 use migrate::shipper::{HolderState, ShipStatus, Shipper};
 use migrate::spool::Spool;
-use segment::Epoch;
 use tokio::sync::{oneshot, watch};
 
 use super::{CheckpointReport, SessionError, chain, lock};
@@ -17,13 +16,12 @@ use crate::control::{RunState, VmHandle};
 use crate::replica::VmSource;
 
 /// After a periodic checkpoint failed (a full disk, say) the next is not tried sooner than this.
-const AFTER_FAILURE: Duration = Duration::from_secs(1);
+pub(super) const AFTER_FAILURE: Duration = Duration::from_secs(1);
 
 /// How checkpoints go.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Progress {
     pub(super) newest: Option<CheckpointReport>,
-    pub(super) committed: Option<Epoch>,
     pub(super) checkpoints: u64,
     pub(super) raw_bytes: u64,
     pub(super) stored_bytes: u64,

@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex};
 
 use migrate::shipper::ShipEvent;
-use segment::{Generation, VmId};
-use tokio::sync::mpsc;
+use segment::{Generation, SegmentName, VmId};
+use tokio::sync::{mpsc, watch};
 
 use super::checkpoints::{Orders, Progress};
 use super::lease::{LeaseKeeper, News};
@@ -18,6 +18,7 @@ pub(super) struct Follower {
     pub(super) generation: Generation,
     pub(super) orders: Orders,
     pub(super) progress: Arc<Mutex<Progress>>,
+    pub(super) committed: watch::Sender<Option<SegmentName>>,
     /// Who counts the lease; absent when the guest runs without one.
     pub(super) lease: Option<LeaseKeeper>,
 }
@@ -27,7 +28,7 @@ impl Follower {
         while let Some(event) = events.recv().await {
             match event {
                 ShipEvent::Committed { name, .. } => {
-                    lock(&self.progress).committed = Some(name.epoch);
+                    self.committed.send_replace(Some(name));
                     self.orders.tidy();
                 }
                 ShipEvent::Fenced { holder, current } => self.fenced(&holder, current).await,

@@ -12,13 +12,14 @@ use std::sync::Arc;
 
 use migrate::load::LoadPlan;
 use migrate::store::FsStore;
-use segment::{CheckpointId, Manifest, Record, SegmentName, Space};
+use segment::{CheckpointId, Manifest, Record, SegmentName, Space, SpaceId};
 
 use super::{RestoreFrom, SessionConfig, SessionError, cores, load_plan};
+use crate::boot::{BootError, kept};
 use crate::devices::virtio::disk::Disk;
 use crate::memory::{GuestRam, MemoryError};
 use crate::replica::MachineTarget;
-use crate::vm::BoxedError;
+use crate::vm::{BoxedError, VmError};
 
 /// Where an image is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,11 +92,51 @@ impl Content {
     }
 
     /// The files that disks have already.
-    pub(super) fn disks(&self) -> Option<&BTreeMap<String, PathBuf>> {
+    pub(super) fn disks(&self) -> Option<BTreeMap<String, PathBuf>> {
         match self {
             Self::Chain(_) => None,
-            Self::Image { disks, .. } => Some(disks),
+            Self::Image { disks, .. } => {
+                let mut disks = disks.clone();
+                disks.remove(kept::NAME);
+                Some(disks)
+            }
         }
+    }
+
+    /// The address space of what the guest was booted from; a checkpoint of an older monitor has none.
+    pub(super) fn booted_from(&self) -> Option<&Space> {
+        let is_it = |space: &&Space| space.id != SpaceId::MEMORY && space.name == kept::NAME;
+        self.spaces().last().filter(is_it)
+    }
+
+    /// What the guest was booted from, to be filled with the disks, behind them.
+    pub(super) fn boot(&self) -> Result<Option<Arc<Disk>>, SessionError> {
+        let Some(space) = self.booted_from() else {
+            return Ok(None);
+        };
+        let kept = match self {
+            Self::Chain(_) => kept::empty(space.bytes()),
+            Self::Image { disks, .. } => {
+                let Some(path) = disks.get(kept::NAME).cloned() else {
+                    return Err(SessionError::Image {
+                        name: self.manifest().name.clone(),
+                        path: kept::NAME.into(),
+                        why:
+                            "the checkpoint has what the guest was booted from, and no image of it is named \
+                              (--image-disk boot=FILE)"
+                                .into(),
+                    });
+                };
+                let file = open_file(&path).map_err(|source| BootError::Read {
+                    what: kept::NAME,
+                    path,
+                    source,
+                });
+                file.and_then(kept::of_file)
+            }
+        };
+        kept.map(Some)
+            .map_err(|error| SessionError::Control(VmError::Boot(error).into()))
     }
 
     /// The guest's memory, before the vCPUs are restored.

@@ -231,7 +231,7 @@ async fn choose(client: &mut Client, what: &str) -> Result<SegmentName, CliError
         .map(|segment| Point {
             name: segment.name,
             created_unix_ns: segment.created_unix_ns,
-            labelled: segment.label.is_some(),
+            label: segment.label,
         })
         .collect();
     let moment = match moment {

@@ -7,6 +7,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use migrate::protect::CheckpointRequest;
+use migrate::store::GUEST_LABEL;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -94,6 +95,11 @@ pub(in crate::api) async fn take_checkpoint(
     State(app): App,
     Body(TakeCheckpoint { full, label }): Body<TakeCheckpoint>,
 ) -> Result<Json<CheckpointReport>, Fault> {
+    if label.as_ref().is_some_and(|label| label.starts_with(GUEST_LABEL)) {
+        return Err(Fault::bad(format!(
+            "a label that begins with {GUEST_LABEL:?} is one that the guest gave: choose another"
+        )));
+    }
     let session = app.started()?;
     unhurried(async move { Ok(Json(session.checkpoint(CheckpointRequest { full, label }).await?)) }).await
 }

@@ -165,6 +165,15 @@ impl Devices {
         })
     }
 
+    /// Where the stream sockets meet, if there are any.
+    #[must_use]
+    pub fn vsock(&self) -> Option<PathBuf> {
+        self.0.iter().find_map(|backing| match backing {
+            Backing::Vsock { socket, .. } => Some(socket.path().to_owned()),
+            Backing::Disk { .. } | Backing::Net { .. } | Backing::Rng | Backing::Balloon(_) => None,
+        })
+    }
+
     /// The devices in their slots: new ones, or with their states, in the same order. They are heard as long as `leash`
     /// lets them.
     ///
