@@ -102,7 +102,7 @@ impl fmt::Display for Spread {
 struct Figures {
     seed: u64,
     failovers: u32,
-    /// Takeovers that no fault was made for: the lease ran out on a machine that was too busy.
+    /// Takeovers that no fault was made for: the lease ran out on a machine that was too busy, or two candidates took over.
     unasked: u32,
     seconds: u64,
     by_fault: BTreeMap<Fault, Times>,
