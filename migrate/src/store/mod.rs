@@ -542,7 +542,6 @@ pub(crate) fn chain_of(
     index.chain(tip)
 }
 
-/// A mutex's content. A thread that panicked under it left it whole: every change under these locks is one call.
 /// A name as one path component.
 fn flat(name: &SegmentName) -> String {
     format!("{}-{}-{}", name.vm, name.generation, name.epoch)
