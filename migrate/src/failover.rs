@@ -268,6 +268,9 @@ pub struct PlanOptions {
     /// Go on though fewer holders answer than it takes to fence the owner before. An operator's word only: that owner may
     /// run on, and what only the others have is lost.
     pub force: bool,
+    /// The generation whose owner was judged to be lost: of another one nothing is known, and it may be well. Absent, it
+    /// is whichever the registry names.
+    pub judged: Option<Generation>,
     /// There is a global store: it is looked at when the holders that answer do not have what is needed.
     pub global: bool,
 }
@@ -328,7 +331,15 @@ impl Plan {
                 self.state = State::Reading;
                 vec![PlanAction::ReadRecord]
             }
-            (State::Reading, PlanEvent::Record(Ok(record))) => self.ask(record),
+            (State::Reading, PlanEvent::Record(Ok(record))) => match self.options.judged {
+                Some(judged) if record.generation != judged => self.fail(PromoteError::NotJudged {
+                    vm: self.vm.clone(),
+                    judged,
+                    current: record.generation,
+                    owner: record.owner.clone(),
+                }),
+                Some(_) | None => self.ask(record),
+            },
             (State::Reading, PlanEvent::Record(Err(source))) => self.fail(PromoteError::Read {
                 vm: self.vm.clone(),
                 source,

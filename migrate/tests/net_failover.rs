@@ -594,6 +594,27 @@ fn a_dry_run_changes_nothing() {
 }
 
 #[test]
+fn only_the_owner_that_was_judged_is_taken_over() {
+    let with = |judged| {
+        let options = PlanOptions {
+            judged: Some(Generation(judged)),
+            ..PlanOptions::default()
+        };
+        let mut plan = Plan::new(vm(), options);
+        plan.step(PlanEvent::Begin);
+        plan.step(PlanEvent::Record(Ok(World::new(3, 2).record())))
+    };
+    let current = World::new(3, 2).record().generation.0;
+    assert!(matches!(with(current)[..], [PlanAction::Ask { .. }, ..]));
+    // Another has taken it over since, or a generation before was restored from an old registry: who has it may be well.
+    for judged in [current - 1, current + 1] {
+        let error = finish(with(judged)).unwrap_err();
+        assert!(matches!(error, PromoteError::NotJudged { .. }), "{error}");
+        assert!(error.to_string().contains("Nothing was changed"), "{error}");
+    }
+}
+
+#[test]
 fn what_cannot_succeed_leaves_the_old_owner_alone() {
     let mut plan = Plan::new(vm(), PlanOptions::default());
     plan.step(PlanEvent::Begin);

@@ -67,15 +67,22 @@ pub(super) async fn by_word(inner: &Arc<Inner>, call: PromoteCall) -> Result<Pro
         true => None,
         false => inner.registry.get_vm(&vm).await.ok(),
     };
-    let result = promote(inner, call).await;
+    let result = promote(inner, call, None).await;
     if let Some(before) = before {
         history::promoted(inner, &vm, before.generation, &result);
     }
     result
 }
 
-/// Runs the VM here, or says what would be done.
-pub(super) async fn promote(inner: &Arc<Inner>, call: PromoteCall) -> Result<PromoteReport, Failure> {
+/// Runs the VM here, or says what would be done; only over the owner of the generation `judged`, if that is given.
+///
+/// # Errors
+/// In words; of a takeover that was begun, what state it left.
+pub(super) async fn promote(
+    inner: &Arc<Inner>,
+    call: PromoteCall,
+    judged: Option<Generation>,
+) -> Result<PromoteReport, Failure> {
     let PromoteCall {
         vm,
         dry_run,
@@ -86,6 +93,7 @@ pub(super) async fn promote(inner: &Arc<Inner>, call: PromoteCall) -> Result<Pro
         dry_run,
         accept_loss,
         force,
+        judged,
         global: inner.global.is_some(),
     };
     let started = Instant::now();

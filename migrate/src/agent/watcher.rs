@@ -195,7 +195,7 @@ async fn take_over(inner: &Arc<Inner>, cause: Cause, record: &VmRecord) {
         accept_loss: false,
         force: false,
     };
-    let entry = match promote::promote(inner, call).await {
+    let entry = match promote::promote(inner, call, Some(*generation)).await {
         Ok(report) => {
             let ms = report.total_us / 1000;
             tracing::warn!(%vm, generation = %report.generation, %cause, ms, "taken over: it runs here");

@@ -25,6 +25,21 @@ pub enum PromoteError {
         /// Why.
         source: RegistryError,
     },
+    /// The owner is another than the one that was judged to be lost.
+    #[error(
+        "VM {vm} is not taken over: the owner of generation {judged} was lost, and by now {owner} has generation {current}. \
+         Nothing was changed"
+    )]
+    NotJudged {
+        /// The VM.
+        vm: VmId,
+        /// Whose owner was judged.
+        judged: Generation,
+        /// What the registry names.
+        current: Generation,
+        /// Who has that.
+        owner: String,
+    },
     /// Another candidate is ahead.
     #[error(
         "VM {vm} is being taken over by someone else: {holder} has promised generation {current}, this promote had \

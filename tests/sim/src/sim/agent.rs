@@ -9,6 +9,7 @@ use migrate::detect::{
 };
 use migrate::failover::{PlanAction, PlanEvent, Running};
 use migrate::registry::{LeaseState, RegistryError, RegistryRequest, VmRecord, VmState};
+use segment::Generation;
 
 use super::net::Place;
 use super::world::{Event, Message, World, Write};
@@ -351,7 +352,7 @@ impl World {
         }
         watch.not_before = local + terms.ttl;
         self.tell(|| format!("VM {vm}: host {host} takes over from generation {generation}: {cause}"));
-        self.begin(host, vm, true);
+        self.begin(host, vm, Some(Generation(generation)));
     }
 
     pub(super) fn at_registry(&mut self, from: Place, message: Message) {

@@ -74,7 +74,7 @@ impl World {
         let holder = self.vms[vm].holders[self.random.below(holders)];
         if self.random.per_mille(800) {
             self.tell(|| format!("VM {vm}: an operator promotes it at host {holder}"));
-            return self.begin(holder, vm, false);
+            return self.begin(holder, vm, None);
         }
         let held = self.hosts[holder].holds.get_mut(&vm);
         if held.is_some_and(|held| held.has.pop_last().is_some()) {

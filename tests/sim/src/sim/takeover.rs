@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use migrate::failover::{Plan, PlanAction, PlanEvent, PlanOptions, SealFailure};
 use migrate::registry::RegistryError;
+use segment::Generation;
 
 use super::net::Place;
 use super::world::{Event, Message, World};
@@ -20,18 +21,22 @@ pub(super) struct Takeover {
 }
 
 impl World {
-    /// A node begins; a second one does not begin beside it.
-    pub(super) fn begin(&mut self, host: usize, vm: usize, by_itself: bool) {
+    /// A node begins, by itself when it has judged the owner of a generation; a second one does not begin beside it.
+    pub(super) fn begin(&mut self, host: usize, vm: usize, judged: Option<Generation>) {
         if !self.hosts[host].up || self.hosts[host].takeovers.contains_key(&vm) {
             return;
         }
         self.report.begun += 1;
-        let mut plan = Plan::new(self.vms[vm].id.clone(), PlanOptions::default());
+        let options = PlanOptions {
+            judged,
+            ..PlanOptions::default()
+        };
+        let mut plan = Plan::new(self.vms[vm].id.clone(), options);
         let actions = plan.step(PlanEvent::Begin);
         let pending = BTreeMap::new();
         let takeover = Takeover {
             plan,
-            by_itself,
+            by_itself: judged.is_some(),
             pending,
         };
         self.hosts[host].takeovers.insert(vm, takeover);
