@@ -135,12 +135,6 @@ echo "checkpoints that the guest asks for are committed"
 check tsc "$with_tsc"
 echo "restored on both clock sources"
 
-# It restarts, where nobody has named it a kernel.
-type_in tsc 'reboot -f'
-wait_for tsc 'us: up.*cpus=4'
-wait_for tsc '/ #'
-echo "restarted after its restore"
-
 # It knows how to switch itself off.
 type_in tsc 'exit'
 tries=0
