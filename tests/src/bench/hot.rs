@@ -64,6 +64,12 @@ pub(crate) fn ready(lab: &Lab) -> Result<Vec<Row>> {
                 .arg(store.path().join("store"))
                 .arg("--run-dir")
                 .arg(store.path().join("run"));
+            // No disk, but what the guest was booted from.
+            for (name, path) in &taken.disks {
+                command
+                    .arg("--image-disk")
+                    .arg(format!("{name}={}", path.display()));
+            }
             let (_process, time) = Process::start_with(&mut command, Stdio::from(input))?;
             let (_version, bare) = Process::start(Command::new(&binaries.vmm).arg("--version"))?;
             // The first brings the program into the page cache.
