@@ -1,5 +1,6 @@
 //! From an image of a guest's memory to the guest that runs on it.
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, anyhow};
@@ -16,12 +17,11 @@ use crate::harness::Binaries;
 const READY: &str = "restore.hot.ready_ms";
 const READY_TARGET_MS: f64 = 4.0;
 
-/// The newest checkpoint as an image.
-fn image(lab: &Lab, taker: &Taker) -> Result<TakenImage> {
-    let disks = lab.temporary("image-")?;
+/// The newest checkpoint as an image, whose files are in `disks`.
+fn image(disks: &Path, taker: &Taker) -> Result<TakenImage> {
     let tip = taker.store.newest_complete(&taker.vm).context("no checkpoint")?;
     let (image, _) =
-        Image::build(&taker.store, &tip.name, (disks.path(), "image"), &|| true).context("make an image")?;
+        Image::build(&taker.store, &tip.name, (disks, "image"), &|| true).context("make an image")?;
     let at = Held {
         name: tip.name,
         checkpoint: tip.checkpoint,
@@ -45,7 +45,8 @@ pub(crate) fn ready(lab: &Lab) -> Result<Vec<Row>> {
         drop(guest);
         let (mut times, mut limit) = (Samples::default(), Samples::default());
         for index in 0..=lab.samples(10, 2) {
-            let (taken, store) = (image(lab, &taker)?, lab.temporary("copy-")?);
+            let (disks, store) = (lab.temporary("image-")?, lab.temporary("copy-")?);
+            let taken = image(disks.path(), &taker)?;
             let input = taken.memory.try_clone().context("give the image away")?;
             let mut command = Command::new(&binaries.vmm);
             command
