@@ -336,7 +336,7 @@ impl Plan {
                     vm: self.vm.clone(),
                     judged,
                     current: record.generation,
-                    owner: record.owner.clone(),
+                    owner: record.owner,
                 }),
                 Some(_) | None => self.ask(record),
             },
