@@ -23,6 +23,7 @@ pub mod image;
 pub mod lease;
 pub mod load;
 mod mutex;
+pub mod openmetrics;
 pub mod placement;
 pub mod process;
 pub mod protect;

@@ -50,6 +50,11 @@ pub enum RunState {
 }
 
 impl RunState {
+    /// The words for all of them.
+    pub const WORDS: [&str; 7] = [
+        "running", "paused", "lapsed", "fenced", "ended", "failed", "stopped",
+    ];
+
     /// In one word, as `vmm ps` shows it.
     #[must_use]
     pub fn word(&self) -> &'static str {

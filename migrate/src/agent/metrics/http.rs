@@ -20,6 +20,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::super::{ACCEPT_AGAIN, AgentError, Inner};
+use crate::openmetrics;
 
 /// The most connections at once.
 const MAX_OPEN: usize = 16;
@@ -32,7 +33,6 @@ const MAX_HEAD_BYTES: usize = 8 << 10;
 /// The most headers.
 const MAX_HEADERS: usize = 64;
 const PATH: &str = "/metrics";
-const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Opens the port; where it is.
 ///
@@ -122,7 +122,7 @@ async fn answer(inner: Arc<Inner>, request: &Request<Incoming>) -> Response<Full
             let mut response = said(StatusCode::OK, text);
             response
                 .headers_mut()
-                .insert(CONTENT_TYPE, HeaderValue::from_static(OPEN_METRICS));
+                .insert(CONTENT_TYPE, HeaderValue::from_static(openmetrics::CONTENT_TYPE));
             response
         }
         Ok(Err(_)) | Err(_) => {

@@ -6,15 +6,15 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeGaugeValue, NoLabelSet};
+use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::metrics::MetricType;
-use prometheus_client::registry::Unit;
 use segment::{SegmentName, VmId};
 
 use super::super::Inner;
 use super::{MAX_TOLD_VMS, Metrics};
 use crate::image::ImageSize;
 use crate::mutex::lock;
+use crate::openmetrics::{BYTES, Labelled, SECONDS, counter, each, gauge};
 
 /// What is known.
 #[derive(Debug, Default)]
@@ -169,6 +169,14 @@ impl SeenVm {
     }
 }
 
+impl Labelled for SeenVm {
+    const LABEL: &'static str = "vm";
+
+    fn label(&self) -> &str {
+        &self.vm
+    }
+}
+
 /// How many links of the newest chain an image lacks that is at `at`; all of them when it is on another branch.
 fn links_behind(inner: &Inner, at: &SegmentName, newest: &SegmentName) -> u64 {
     if at == newest {
@@ -178,50 +186,6 @@ fn links_behind(inner: &Inner, at: &SegmentName, newest: &SegmentName) -> u64 {
     let here = chain.iter().position(|link| link.name == *at);
     chain.len().saturating_sub(here.map_or(0, |here| here + 1)) as u64
 }
-
-/// One gauge without labels.
-fn gauge<V: EncodeGaugeValue>(
-    encoder: &mut DescriptorEncoder<'_>,
-    (name, unit): (&str, Option<Unit>),
-    help: &str,
-    value: V,
-) -> fmt::Result {
-    let mut metric = encoder.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
-    metric.encode_gauge(&value)
-}
-
-/// One counter without labels.
-fn counter(
-    encoder: &mut DescriptorEncoder<'_>,
-    (name, unit): (&str, Option<Unit>),
-    help: &str,
-    value: u64,
-) -> fmt::Result {
-    let mut metric = encoder.encode_descriptor(name, help, unit.as_ref(), MetricType::Counter)?;
-    metric.encode_counter::<NoLabelSet, _, u64>(&value, None)
-}
-
-/// One gauge of each VM that has it.
-fn each<V: EncodeGaugeValue>(
-    encoder: &mut DescriptorEncoder<'_>,
-    (name, unit): (&str, Option<Unit>),
-    help: &str,
-    vms: &[SeenVm],
-    value: impl Fn(&SeenVm) -> Option<V>,
-) -> fmt::Result {
-    let mut metric = encoder.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
-    for vm in vms {
-        if let Some(value) = value(vm) {
-            metric
-                .encode_family(&[("vm", vm.vm.as_str())])?
-                .encode_gauge(&value)?;
-        }
-    }
-    Ok(())
-}
-
-const SECONDS: Option<Unit> = Some(Unit::Seconds);
-const BYTES: Option<Unit> = Some(Unit::Bytes);
 
 impl Collector for Seen {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {

@@ -8,23 +8,20 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
+use migrate::openmetrics::{self, BYTES, Labelled, SECONDS, counter, each, gauge};
 use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::encoding::text::encode;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeGaugeValue, NoLabelSet};
 use prometheus_client::metrics::MetricType;
-use prometheus_client::registry::{Registry, Unit};
+use prometheus_client::registry::Registry;
 
 use crate::api::fault::{Fault, FaultMessage};
 use crate::api::instance::Instance;
+use crate::control::RunState;
 use crate::session::{HolderReport, SessionStatus};
 
 /// What every name begins with. (The agents' begin with `understudy_`, and theirs of single VMs with `understudy_vm_`.)
 const PREFIX: &str = "understudy_vmm";
-const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-/// The states a VM can be in.
-const STATES: [&str; 6] = ["running", "paused", "fenced", "ended", "failed", "stopped"];
-const SECONDS: Option<Unit> = Some(Unit::Seconds);
-const BYTES: Option<Unit> = Some(Unit::Bytes);
 
 #[utoipa::path(get, path = "/metrics", tag = "understudy",
     responses((status = 200, description = "OpenMetrics text", content_type = "application/openmetrics-text"),
@@ -32,7 +29,7 @@ const BYTES: Option<Unit> = Some(Unit::Bytes);
 pub(in crate::api) async fn read(State(app): State<Arc<Instance>>) -> Result<impl IntoResponse, Fault> {
     let status = app.started()?.status();
     let text = text(status).map_err(|_| Fault::bad("the metrics could not be told"))?;
-    Ok(([(CONTENT_TYPE, OPEN_METRICS)], text))
+    Ok(([(CONTENT_TYPE, openmetrics::CONTENT_TYPE)], text))
 }
 
 /// A status as text.
@@ -58,43 +55,12 @@ impl Collector for Told {
     }
 }
 
-fn gauge<V: EncodeGaugeValue>(
-    e: &mut DescriptorEncoder<'_>,
-    (name, unit): (&str, Option<Unit>),
-    help: &str,
-    value: V,
-) -> fmt::Result {
-    e.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?
-        .encode_gauge(&value)
-}
+impl Labelled for HolderReport {
+    const LABEL: &'static str = "holder";
 
-fn counter(
-    e: &mut DescriptorEncoder<'_>,
-    (name, unit): (&str, Option<Unit>),
-    help: &str,
-    value: u64,
-) -> fmt::Result {
-    e.encode_descriptor(name, help, unit.as_ref(), MetricType::Counter)?
-        .encode_counter::<NoLabelSet, _, u64>(&value, None)
-}
-
-/// One gauge of each holder that has it.
-fn each<V: EncodeGaugeValue>(
-    e: &mut DescriptorEncoder<'_>,
-    (name, unit): (&str, Option<Unit>),
-    help: &str,
-    holders: &[HolderReport],
-    value: impl Fn(&HolderReport) -> Option<V>,
-) -> fmt::Result {
-    let mut metric = e.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
-    for holder in holders {
-        if let Some(value) = value(holder) {
-            metric
-                .encode_family(&[("holder", holder.address.as_str())])?
-                .encode_gauge(&value)?;
-        }
+    fn label(&self) -> &str {
+        &self.address
     }
-    Ok(())
 }
 
 /// The epoch of `<vm>/<generation>/<epoch>`.
@@ -111,7 +77,7 @@ impl Told {
             None,
             MetricType::Gauge,
         )?;
-        for name in STATES {
+        for name in RunState::WORDS {
             state
                 .encode_family(&[("state", name)])?
                 .encode_gauge(&u64::from(status.state == name))?;
@@ -276,6 +242,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::vcpu::GuestEnd;
 
     fn status() -> SessionStatus {
         serde_json::from_value(json!({
@@ -314,6 +281,34 @@ mod tests {
         }
         assert!(!text.contains("holder_acked_epoch{holder=\"10.0.0.2"), "{text}");
         assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn whatever_state_a_vm_is_in_one_of_them_is_it() {
+        let reason = || "r".to_owned();
+        for state in [
+            RunState::Paused,
+            RunState::Running,
+            RunState::Lapsed { reason: reason() },
+            RunState::Fenced { reason: reason() },
+            RunState::Ended(GuestEnd::PowerOff),
+            RunState::Ended(GuestEnd::TripleFault),
+            RunState::Stopped,
+        ] {
+            let mut status = status();
+            status.state = state.word().into();
+            let text = text(status).unwrap();
+            let told = text
+                .lines()
+                .filter(|line| line.starts_with("understudy_vmm_state{"));
+            let (is, not): (Vec<_>, Vec<_>) = told.partition(|line| line.ends_with(" 1"));
+            assert_eq!(
+                (is.len(), not.len()),
+                (1, RunState::WORDS.len() - 1),
+                "{state:?}: {text}"
+            );
+            assert!(is[0].contains(&format!("state=\"{}\"", state.word())), "{is:?}");
+        }
     }
 
     /// A sample with its labels in order.
