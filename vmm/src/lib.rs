@@ -20,6 +20,7 @@ pub mod leash;
 pub mod memory;
 pub mod outbox;
 pub mod preflight;
+mod random;
 pub mod replica;
 pub mod session;
 pub mod socket;

@@ -18,7 +18,7 @@ use segment::{CheckpointId, PageIndex, Space, SpaceId};
 use crate::control::{Buffers, ControlError, VmHandle};
 use crate::devices::virtio::disk::{Disk, DiskCapture};
 use crate::memory::{GuestRam, PAGE_BYTES, Shadow};
-use crate::state;
+use crate::{random, state};
 
 /// The name of address space 0.
 pub const MEMORY_SPACE: &str = "memory";
@@ -280,14 +280,8 @@ impl Drop for Lent {
 
 /// 16 bytes from the kernel's random source.
 fn new_checkpoint_id() -> Result<CheckpointId, ControlError> {
-    let mut id = [0; 16];
-    match rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty()) {
-        Ok(16) => Ok(CheckpointId(id)),
-        Ok(_) => Err(ControlError::Memory(
-            "the kernel gave too few random bytes".into(),
-        )),
-        Err(error) => Err(ControlError::Memory(format!("draw a checkpoint id: {error}"))),
-    }
+    let id = random::bytes().map_err(|e| ControlError::Memory(format!("draw a checkpoint id: {e}")))?;
+    Ok(CheckpointId(id))
 }
 
 impl Source for VmSource {

@@ -16,6 +16,7 @@ use super::{Vm, VmError};
 use crate::kvm::KvmError;
 use crate::layout::{EVENT_GSI, GENERATION_ID};
 use crate::memory::GuestRam;
+use crate::random;
 
 /// One machine's id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,14 +25,7 @@ pub(super) struct GenerationId([u8; 16]);
 impl GenerationId {
     /// One that nobody has had.
     pub(super) fn random() -> Result<Self, VmError> {
-        let mut bytes = [0; 16];
-        match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
-            Ok(count) if count == bytes.len() => Ok(Self(bytes)),
-            Ok(_) => Err(VmError::GenerationId(std::io::Error::other(
-                "the kernel gave too few random bytes",
-            ))),
-            Err(error) => Err(VmError::GenerationId(error.into())),
-        }
+        random::bytes().map(Self).map_err(VmError::GenerationId)
     }
 
     /// Puts it where the guest looks for it.

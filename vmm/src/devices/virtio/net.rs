@@ -18,6 +18,7 @@ use super::queue::{Chain, RingError};
 use super::state::{DeviceState, NetState};
 use super::{Device, Env, Interest};
 use crate::leash::Leash;
+use crate::random;
 
 #[allow(unsafe_code)]
 pub mod tap;
@@ -89,8 +90,7 @@ impl std::fmt::Debug for Net {
 /// # Errors
 /// When the kernel gives no random bytes.
 pub fn random_mac() -> io::Result<Mac> {
-    let mut mac = [0; 6];
-    rustix::rand::getrandom(&mut mac, rustix::rand::GetRandomFlags::empty())?;
+    let mut mac = random::bytes()?;
     mac[0] = mac[0] & 0xfc | 0x02;
     Ok(mac)
 }
