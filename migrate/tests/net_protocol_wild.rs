@@ -496,8 +496,8 @@ fn frame_of(message: Message) -> SenderEvent {
     }
 }
 
-/// A sender that is connected and has heard that the holder has nothing; its first question has ticket 1.
-fn flowing() -> Sender {
+/// A sender that is connected, and has heard nothing.
+fn connected() -> Sender {
     let mut sender = Sender::new(SenderConfig::new(vm(), MINE, "owner"));
     sender.step(SenderEvent::Tick, Duration::ZERO);
     let connected = SenderEvent::Connected {
@@ -505,6 +505,12 @@ fn flowing() -> Sender {
         version: 1,
     };
     sender.step(connected, Duration::ZERO);
+    sender
+}
+
+/// One that has heard that the holder has nothing; its first question has ticket 1.
+fn flowing() -> Sender {
+    let mut sender = connected();
     sender.step(frame_of(position_of(MINE, None)), Duration::ZERO);
     sender
 }
@@ -579,14 +585,7 @@ fn a_position_in_another_vm_or_generation_is_none() {
         (MINE, Some(other), false),
         (Generation(MINE.0 + 1), Some(held(1)), false),
     ] {
-        let mut sender = Sender::new(SenderConfig::new(vm(), MINE, "owner"));
-        sender.step(SenderEvent::Tick, Duration::ZERO);
-        let connected = SenderEvent::Connected {
-            connection: 1,
-            version: 1,
-        };
-        sender.step(connected, Duration::ZERO);
-        let actions = sender.step(frame_of(position_of(generation, newest)), Duration::ZERO);
+        let actions = connected().step(frame_of(position_of(generation, newest)), Duration::ZERO);
         let taken = actions
             .iter()
             .any(|action| matches!(action, SenderAction::Position { .. }));

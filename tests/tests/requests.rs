@@ -4,6 +4,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use understudy_tests::harness::{Cluster, Machine, PATIENCE, epoch, run, run_json, wait_for};
 
@@ -40,14 +41,17 @@ impl Guest {
     }
 }
 
-#[test]
-fn what_a_guest_asks_for_is_committed_before_it_is_told_so() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut cluster = Cluster::new(folder.path(), false).unwrap();
+/// Two agents.
+fn cluster(folder: &Path) -> Cluster {
+    let mut cluster = Cluster::new(folder, false).unwrap();
     cluster.start_agent("alder", &[]).unwrap();
     cluster.start_agent("birch", &[]).unwrap();
+    cluster
+}
+
+/// A VM at both of them, with stream sockets; it is checkpointed once, and then not of its own accord for an hour.
+fn protected(cluster: &mut Cluster) -> Machine {
     let holders = format!("{},{}", cluster.agents[0].address, cluster.agents[1].address);
-    // None of its own accord for an hour: those below are the guest's.
     let more = [
         "--memory",
         "32M",
@@ -55,10 +59,19 @@ fn what_a_guest_asks_for_is_committed_before_it_is_told_so() {
         "1h",
         "--protect-to",
         &holders,
+        "--ack-quorum",
+        "2",
         "--vsock",
         "52",
     ];
-    let mut machine = cluster.launch("web", "ticker", "period_ms=5", &more).unwrap();
+    cluster.launch("web", "ticker", "period_ms=5", &more).unwrap()
+}
+
+#[test]
+fn what_a_guest_asks_for_is_committed_before_it_is_told_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut cluster = cluster(folder.path());
+    let mut machine = protected(&mut cluster);
     cluster.committed(&machine, 1).unwrap();
 
     let mut guest = Guest::connect(&machine);
@@ -139,9 +152,7 @@ fn what_a_guest_asks_for_is_committed_before_it_is_told_so() {
 #[test]
 fn a_checkpoint_that_nobody_has_is_not_told_as_committed() {
     let folder = tempfile::tempdir().unwrap();
-    let mut cluster = Cluster::new(folder.path(), false).unwrap();
-    cluster.start_agent("alder", &[]).unwrap();
-    cluster.start_agent("birch", &[]).unwrap();
+    let mut cluster = cluster(folder.path());
     let alone = ["--memory", "32M", "--vsock", "52"];
     let machine = cluster.launch("web", "ticker", "period_ms=5", &alone).unwrap();
     let mut guest = Guest::connect(&machine);
@@ -150,20 +161,7 @@ fn a_checkpoint_that_nobody_has_is_not_told_as_committed() {
     drop(guest);
     run(cluster.vmm("stop", &machine.run_dir).arg("web")).unwrap();
 
-    let holders = format!("{},{}", cluster.agents[0].address, cluster.agents[1].address);
-    let more = [
-        "--memory",
-        "32M",
-        "--every",
-        "1h",
-        "--protect-to",
-        &holders,
-        "--ack-quorum",
-        "2",
-        "--vsock",
-        "52",
-    ];
-    let machine = cluster.launch("web", "ticker", "period_ms=5", &more).unwrap();
+    let machine = protected(&mut cluster);
     let before = cluster.committed(&machine, 1).unwrap();
     cluster.kill_agent(1).unwrap();
     let mut guest = Guest::connect(&machine);
