@@ -33,12 +33,24 @@ said() {
     sed '$d' "$runs/$1/console.log" | sed -n "s/^$2=\([0-9]*\).*/\1/p" | tail -n 1
 }
 
+# until_said NAME TEXT WHAT COMMAND..: until the command's output has the text.
+until_said() {
+    name=$1 text=$2 what=$3
+    shift 3
+    tries=0
+    until "$@" 2>&1 | grep -q "$text"; do
+        tries=$((tries + 1))
+        [ $tries -lt 120 ] || fail "$name: $what: $("$@" 2>&1)"
+        sleep 0.5
+    done
+}
+
 # The guest says its time, whether each of its processors still works, and whether its kernel has complained.
 beat='n=0; while :; do n=$((n+1)); for c in 1 2 4 8; do taskset $c true || echo BAD processor $c; done; echo wall=$(date +%s); echo up=$(cut -d. -f1 /proc/uptime); dmesg | grep -E "BUG|lockup|rcu.*stall" && echo BAD kernel; echo beat=$n; usleep 200000; done'
 line='console=ttyS0 quiet tsc=reliable panic=-1 us.run=shell'
 
 # Four vCPUs; checkpoints while they are started, each a delta on the one before.
-vmm run --name web --kernel "$kernel" --initrd "$initrd" --cmdline "$line" --memory 256M --cpus 4 --vsock 3 --balloon 0M --detach || fail "it does not run"
+vmm run --name web --kernel "$kernel" --initrd "$initrd" --cmdline "$line" --memory 256M --cpus 4 --detach || fail "it does not run"
 taken=0
 # The whole line: the console's file grows by pieces.
 until grep -q 'us: up.*run=' "$runs/web/console.log"; do
@@ -55,29 +67,6 @@ wait_for web '/ #'
 type_in web 'reboot -f'
 wait_for web 'us: up.*cpus=4' 2
 echo "restarted"
-
-# until_said NAME TEXT WHAT COMMAND..: until the command's output has the text.
-until_said() {
-    name=$1 text=$2 what=$3
-    shift 3
-    tries=0
-    until "$@" 2>&1 | grep -q "$text"; do
-        tries=$((tries + 1))
-        [ $tries -lt 120 ] || fail "$name: $what: $("$@" 2>&1)"
-        sleep 0.5
-    done
-}
-
-# The guest gives memory back through its balloon, and has it again.
-wait_for web '/ #' 2
-vmm balloon web 32M || fail "ask for memory"
-until_said web '"actual_mib": *32[,}]' "no memory came back" vmm balloon web --json
-vmm balloon web 0M || fail "let it have its memory"
-until_said web '"actual_mib": *0[,}]' "the memory did not go back" vmm balloon web --json
-# And finds the monitor over its stream sockets, which refuses a VM that nobody else would have.
-type_in web 'understudy-checkpoint early'
-wait_for web 'ERROR this VM is not protected'
-echo "balloon and stream sockets work"
 
 # checkpoint CLOCK BEATS: of the guest on that clock source, beating. Leaves its name in $checkpoint.
 source=/sys/devices/system/clocksource/clocksource0/current_clocksource
@@ -98,13 +87,10 @@ with_tsc=$checkpoint
 vmm stop web || fail "stop"
 store=/var/lib/understudy/vms/web
 
-# check NAME CHECKPOINT [OPTION..]: it goes on elsewhere after a while, with the right time, which never goes back.
+# check NAME CHECKPOINT: it goes on elsewhere after a while, with the right time, which never goes back.
 check() {
     vmm restore --check "$2" --from $store || fail "this host cannot run $2"
-    name=$1 point=$2
-    shift 2
-    vmm restore --name "$name" "$point" --from $store --detach "$@" || fail "restore $point"
-    set -- "$name" "$point"
+    vmm restore --name "$1" "$2" --from $store --detach || fail "restore $2"
     wait_for "$1" '^beat=' 4
     # Both now: until it is stopped the guest says later times.
     wall=$(said "$1" wall)
@@ -120,18 +106,8 @@ check() {
     wait_for "$1" '^events=[1-9]'
 }
 sleep 12
-standby serve --listen 127.0.0.1:7400 --data /run/standby --name here --insecure-plaintext >/run/standby.log 2>&1 &
-agent=$!
-until_said standby '^here ' "no agent" standby status --agent 127.0.0.1:7400 --insecure-plaintext
-check kvm "$with_kvm" --protect-to 127.0.0.1:7400 --every 5s --insecure-plaintext
-# The guest asks for a checkpoint, and is told when another process has it.
-type_in kvm 'understudy-checkpoint "from the guest"'
-wait_for kvm '^COMMITTED kvm/'
-named=$(sed -n 's/^COMMITTED \(kvm[^ ]*\).*/\1/p' $runs/kvm/console.log | tr -d '\r')
-standby show "$named" --agent 127.0.0.1:7400 --insecure-plaintext | grep -q 'guest: from the guest' || fail "the guest's checkpoint has not its name"
+check kvm "$with_kvm"
 vmm stop kvm
-kill $agent
-echo "checkpoints that the guest asks for are committed"
 check tsc "$with_tsc"
 echo "restored on both clock sources"
 
@@ -149,4 +125,30 @@ vmm ps | grep -q 'tsc .*ended' || fail "it did not end well: $(vmm ps)"
 vmm restore --name middle "web/1/$(((taken + 1) / 2))" --from $store --detach || fail "restore from the middle of the boot"
 wait_for middle 'us: up.*cpus=4'
 vmm stop middle
+
+# One vCPU, which the emulated processor starts reliably, with more devices.
+vmm run --name app --kernel "$kernel" --initrd "$initrd" --cmdline "$line" --memory 256M --vsock 3 --balloon 0M --detach || fail "app does not run"
+wait_for app '/ #'
+# The guest gives memory back through its balloon, and has it again.
+vmm balloon app 32M || fail "ask for memory"
+until_said app '"actual_mib": *32[,}]' "no memory came back" vmm balloon app --json
+vmm balloon app 0M || fail "let it have its memory"
+until_said app '"actual_mib": *0[,}]' "the memory did not go back" vmm balloon app --json
+# It finds the monitor over its stream sockets, which refuses a VM that nobody else would have.
+type_in app 'understudy-checkpoint early'
+wait_for app 'ERROR this VM is not protected'
+point=$(vmm checkpoint app | cut -d: -f1)
+vmm stop app || fail "stop app"
+# Restored, and with a holder, it is told when that has what it asked for.
+standby serve --listen 127.0.0.1:7400 --data /run/standby --name here --insecure-plaintext >/run/standby.log 2>&1 &
+agent=$!
+until_said standby '^here ' "no agent" standby status --agent 127.0.0.1:7400 --insecure-plaintext
+vmm restore --name asks "$point" --from /var/lib/understudy/vms/app --detach --protect-to 127.0.0.1:7400 --every 5s --insecure-plaintext || fail "restore $point"
+type_in asks 'understudy-checkpoint "from the guest"'
+wait_for asks '^COMMITTED asks/'
+named=$(sed -n 's/^COMMITTED \(asks[^ ]*\).*/\1/p' $runs/asks/console.log | tr -d '\r')
+standby show "$named" --agent 127.0.0.1:7400 --insecure-plaintext | grep -q 'guest: from the guest' || fail "the guest's checkpoint has not its name"
+vmm stop asks
+kill $agent
+echo "checkpoints that the guest asks for are committed"
 echo "all is well"
