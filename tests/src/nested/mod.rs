@@ -34,6 +34,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use guest_images::cpio::Archive;
 
+use disk::Disks;
 use machine::{Machine, Spec};
 use plan::{Action, Event, Plan};
 use qemu::Qemu;
@@ -46,6 +47,9 @@ pub const FAILED: u8 = plan::HOST_FAILED;
 const BOOT: Duration = Duration::from_secs(240);
 /// How long the hosts may take to hand over their results and power off.
 const END: Duration = Duration::from_secs(120);
+/// How often hosts that did not come up are started. The emulation fails now and then (an assertion of QEMU's in a write
+/// to a device, a triple fault), and until the command runs nothing is lost by another try.
+const BOOTS: u32 = 3;
 /// Lines of each console that are shown when something went wrong.
 const LAST_LINES: usize = 60;
 /// Variables that go along when they begin so.
@@ -122,6 +126,44 @@ pub fn run(options: &Options) -> Result<u8> {
     let disks = disk::make(&cache, &shared(options, &programs)?)?;
     let qemu = Qemu::find(&cache)?;
     mark("disks are ready");
+    let mut boots = 1;
+    loop {
+        match once(options, &disks, &qemu, &programs, &mark)? {
+            Outcome::Ended { code } => {
+                mark("done");
+                return Ok(code);
+            }
+            Outcome::NotUp { why, last_words } if boots == BOOTS => {
+                eprint!("{last_words}");
+                eprintln!("nested-host: {why}, {BOOTS} times in a row");
+                return Ok(FAILED);
+            }
+            Outcome::NotUp { why, last_words } => {
+                // The last line is QEMU's own, if it said something.
+                let said = last_words.trim_end().lines().next_back().unwrap_or_default();
+                boots += 1;
+                eprintln!("nested-host: {why} ({said}): start {boots} of {BOOTS}");
+            }
+        }
+    }
+}
+
+/// What became of one start of the hosts.
+enum Outcome {
+    /// The command, or a host while it ran.
+    Ended { code: u8 },
+    /// No command has run.
+    NotUp { why: String, last_words: String },
+}
+
+/// Starts the hosts and runs the command, once.
+fn once(
+    options: &Options,
+    disks: &Disks,
+    qemu: &Qemu,
+    programs: &Path,
+    mark: &dyn Fn(&str),
+) -> Result<Outcome> {
     let folder = tempfile::Builder::new()
         .prefix("nested-host-")
         .tempdir()
@@ -134,13 +176,13 @@ pub fn run(options: &Options) -> Result<u8> {
         fs::create_dir(&folder)?;
         let initrd = folder.join("initrd");
         let mut bytes = fs::read(&disks.initramfs)?;
-        bytes.extend(orders(options, host, &programs)?);
+        bytes.extend(orders(options, host, programs)?);
         fs::write(&initrd, bytes)?;
         let spec = Spec {
             host: host.into(),
             cpus: options.cpus.map_or_else(default_cpus, usize::from),
             memory: &options.memory,
-            qemu: &qemu,
+            qemu,
             kernel: &disks.kernel,
             initrd: &initrd,
             root: &disks.root,
@@ -152,23 +194,38 @@ pub fn run(options: &Options) -> Result<u8> {
         machines.push(Machine::start(&spec, &events)?);
     }
     mark("machines are started");
-    let streams = Streams::connect(&mut machines[0], &events)?;
-    let ended = drive(options, &mut machines, &received, mark);
+    let mut streams = None;
+    let ended = drive(options, &mut machines, &received, mark, |first| {
+        streams = Some(Streams::connect(first, &events)?);
+        Ok(())
+    });
     // All the command's output is in the sockets or in QEMU: it is out once QEMU has ended.
     for machine in &mut machines {
         machine.kill();
     }
-    streams.finish();
-    let (code, trouble) = match ended {
-        Ok(code) => (code, None),
-        Err(Trouble { code, why }) => (code, Some(why)),
-    };
-    if let Some(why) = trouble {
-        for machine in &machines {
-            eprint!("{}", machine.last_words(LAST_LINES));
-        }
-        eprintln!("nested-host: {why}");
+    if let Some(streams) = streams {
+        streams.finish();
     }
+    let last_words = || -> String {
+        machines
+            .iter()
+            .map(|machine| machine.last_words(LAST_LINES))
+            .collect()
+    };
+    let code = match ended? {
+        Over::Finished { code } => code,
+        Over::Failed { code, why } => {
+            eprint!("{}", last_words());
+            eprintln!("nested-host: {why}");
+            code
+        }
+        Over::NotUp { why } => {
+            return Ok(Outcome::NotUp {
+                why,
+                last_words: last_words(),
+            });
+        }
+    };
     if let Some(results) = &options.results {
         for machine in &machines {
             let to = if options.hosts == 1 {
@@ -179,22 +236,24 @@ pub fn run(options: &Options) -> Result<u8> {
             machine.take_results(&to)?;
         }
     }
-    mark("done");
-    Ok(code)
+    Ok(Outcome::Ended { code })
 }
 
-struct Trouble {
-    code: u8,
-    why: String,
+/// How the plan ended.
+enum Over {
+    Finished { code: u8 },
+    Failed { code: u8, why: String },
+    NotUp { why: String },
 }
 
-/// Carries out the plan until it is over.
+/// Carries out the plan until it is over; `connect` is called with the first host before its command runs.
 fn drive(
     options: &Options,
     machines: &mut [Machine],
     events: &Receiver<Event>,
-    mark: impl Fn(&str),
-) -> Result<u8, Trouble> {
+    mark: &dyn Fn(&str),
+    mut connect: impl FnMut(&mut Machine) -> Result<()>,
+) -> Result<Over> {
     let mut plan = Plan::new(
         usize::from(options.hosts),
         plan::Limits {
@@ -217,14 +276,16 @@ fn drive(
             match action {
                 Action::Run => {
                     mark("the command starts");
+                    connect(&mut machines[0])?;
                     machines[0].order("run");
                 }
                 Action::End => {
                     mark("the command has ended");
                     machines.iter_mut().for_each(|machine| machine.order("end"));
                 }
-                Action::Finish { code } => return Ok(code),
-                Action::Fail { code, why } => return Err(Trouble { code, why }),
+                Action::Finish { code } => return Ok(Over::Finished { code }),
+                Action::Fail { code, why } => return Ok(Over::Failed { code, why }),
+                Action::NotUp { why } => return Ok(Over::NotUp { why }),
             }
         }
     }

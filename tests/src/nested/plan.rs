@@ -45,6 +45,8 @@ pub(crate) enum Action {
     End,
     /// All is done.
     Finish { code: u8 },
+    /// The hosts are of no use, and nothing of the command has run: they may be started anew.
+    NotUp { why: String },
     /// Give up.
     Fail { code: u8, why: String },
 }
@@ -93,10 +95,10 @@ impl Plan {
                 self.deadline = until.min(now + self.limits.silence);
                 vec![Action::Run]
             }
-            (Phase::Booting, Event::Ended { host }) => failed(format!("host {host} ended before it was up")),
+            (Phase::Booting, Event::Ended { host }) => not_up(format!("host {host} ended before it was up")),
             (Phase::Booting, Event::TimeIsUp) => {
                 let late = self.ready.iter().position(|ready| !ready).map_or(0, |at| at + 1);
-                failed(format!(
+                not_up(format!(
                     "host {late} was not up within {} s",
                     self.limits.boot.as_secs()
                 ))
@@ -151,6 +153,10 @@ impl Plan {
     }
 }
 
+fn not_up(why: String) -> Vec<Action> {
+    vec![Action::NotUp { why }]
+}
+
 fn failed(why: String) -> Vec<Action> {
     vec![Action::Fail {
         code: HOST_FAILED,
@@ -201,14 +207,13 @@ mod tests {
         let now = Instant::now();
         let mut plan = Plan::new(1, LIMITS, now);
         assert_eq!(plan.deadline(), now + LIMITS.boot);
-        assert_eq!(
-            code(&plan.step(&Event::TimeIsUp, plan.deadline())),
-            Some(HOST_FAILED)
-        );
-        assert_eq!(
-            code(&plan.step(&Event::Ended { host: 1 }, now)),
-            Some(HOST_FAILED)
-        );
+        for event in [Event::TimeIsUp, Event::Ended { host: 1 }] {
+            let actions = plan.step(&event, plan.deadline());
+            assert!(
+                matches!(&actions[..], [Action::NotUp { .. }]),
+                "nothing has run yet: {actions:?}"
+            );
+        }
         plan.step(&Event::Ready { host: 1 }, now);
         let silent = now + LIMITS.silence;
         assert_eq!(plan.deadline(), silent);
