@@ -550,6 +550,23 @@ fn a_holder_that_lives_and_stores_nothing_is_given_up() {
     }
 }
 
+/// A large segment takes long to be checked and to get to a slow disk, and is not sent again for that.
+#[test]
+fn a_holder_is_given_the_time_that_a_large_segment_takes() {
+    let config = SenderConfig::new(vm(), MINE, "o");
+    let mut sender = flowing();
+    let mut large = offer(1, true);
+    large.bytes = 1 << 30;
+    next(&mut sender, 1, Next::Segment(large), Duration::ZERO);
+    let patience = config.stall_after.as_secs() + (1 << 30) / config.slowest_store;
+    for now in 1..patience {
+        let alive = sender.step(frame_of(Message::Ping(Ping {})), Duration::from_secs(now));
+        assert_eq!(gives_up(&alive), None, "at {now} s");
+    }
+    let end = sender.step(frame_of(Message::Ping(Ping {})), Duration::from_secs(patience));
+    assert!(gives_up(&end).is_some(), "a disk that hangs is noticed: {end:?}");
+}
+
 #[test]
 fn a_fence_is_believed_only_for_this_vm_and_a_higher_generation() {
     let other = segment::VmId::new("db").unwrap();

@@ -28,8 +28,10 @@ pub struct SenderConfig {
     pub ping_every: Duration,
     /// Silence after which the holder is given up.
     pub dead_after: Duration,
-    /// How long something sent may stay unacknowledged without any progress.
+    /// How long something sent may stay unacknowledged without any progress, and longer by what its bytes may take.
     pub stall_after: Duration,
+    /// The slowest, in bytes a second, that a holder may be at checking a segment it has whole and at getting it to its disk.
+    pub slowest_store: u64,
     /// The first pause before connecting again; doubled each time.
     pub backoff_first: Duration,
     /// The longest such pause.
@@ -57,6 +59,7 @@ impl SenderConfig {
             ping_every: crate::transport::PING_EVERY,
             dead_after: crate::transport::DEAD_AFTER,
             stall_after: Duration::from_secs(60),
+            slowest_store: 4 << 20,
             backoff_first: Duration::from_millis(50),
             backoff_max: Duration::from_secs(5),
             refused_first: Duration::from_secs(1),

@@ -511,13 +511,20 @@ impl Sender {
             let why = format!("not a sign of life for {} ms", self.config.dead_after.as_millis());
             return self.disconnect(why, actions);
         }
-        let waiting = matches!(&self.state, State::Flowing(flow) if !flow.unacked.is_empty())
-            || matches!(self.state, State::Opening);
-        if waiting && now >= self.last_progress + self.config.stall_after {
-            let why = format!(
-                "it lives but stored nothing for {} s",
-                self.config.stall_after.as_secs()
-            );
+        // Of what is with the holder whole nothing is heard until it is on its disk: a large segment takes minutes on a slow one,
+        // and would be sent again and again if it were given up before.
+        let patience = match &self.state {
+            State::Flowing(flow) if !flow.unacked.is_empty() => {
+                let storing = flow.unacked_bytes / self.config.slowest_store.max(1);
+                Some(self.config.stall_after + Duration::from_secs(storing))
+            }
+            State::Opening => Some(self.config.stall_after),
+            _ => None,
+        };
+        if let Some(patience) = patience
+            && now >= self.last_progress + patience
+        {
+            let why = format!("it lives but stored nothing for {} s", patience.as_secs());
             return self.disconnect(why, actions);
         }
         if now >= self.last_sent + self.config.ping_every {
