@@ -74,22 +74,36 @@ setup_nested() {
         dpkg-deb=dpkg xz=xz-utils zstd=zstd tar=tar
 }
 
-# The S3-compatible server that tests speak to: in a Python environment of its own, below target/.
-setup_s3() {
-    local made="${CARGO_TARGET_DIR:-target}/moto"
-    [ -n "${MOTO_SERVER:-}" ] && return
-    [ -x "$made/bin/moto_server" ] && return
+# python_environment NAME PACKAGES..: a Python environment of its own below target/, for programs that tests speak to.
+python_environment() {
+    local name=$1 made="${CARGO_TARGET_DIR:-target}/$1"
+    shift
     # ensurepip is a package of its own in Debian.
     install_packages python3=python3
     python3 -c 'import ensurepip, venv' 2>/dev/null ||
         { as_root apt-get update -qq; as_root apt-get install -y -qq --no-install-recommends python3-venv >/dev/null; }
-    say "installing moto, an S3-compatible server for the tests"
+    say "installing $name for the tests"
     # As cargo marks the folder when it makes it: by that it is found.
     mkdir -p "$made"
     echo 'Signature: 8a477f597d28d172789f06886806bc55' >"$made/../CACHEDIR.TAG"
     rm -rf "$made"
     python3 -m venv "$made"
-    "$made/bin/pip" install --quiet --disable-pip-version-check 'moto[s3]==5.2.*' 'flask<4' 'flask-cors<7'
+    "$made/bin/pip" install --quiet --disable-pip-version-check "$@"
+}
+
+# moto, an S3-compatible server.
+setup_s3() {
+    [ -n "${MOTO_SERVER:-}" ] && return
+    [ -x "${CARGO_TARGET_DIR:-target}/moto/bin/moto_server" ] && return
+    python_environment moto 'moto[s3]==5.2.*' 'flask<4' 'flask-cors<7'
+}
+
+# A client library for Firecracker's API: of it what speaks to the socket, and what that needs.
+setup_client() {
+    [ -n "${FIRECRACKER_CLIENT:-}" ] && return
+    [ -e "${CARGO_TARGET_DIR:-target}"/firecracker-client/lib/python3*/site-packages/firecracker/api.py ] && return
+    python_environment firecracker-client --no-deps 'firecracker-python==0.0.5' 'requests-unixsocket==0.4.1' 'requests==2.32.3' \
+        'urllib3<3' 'idna<4' 'certifi' 'charset-normalizer<4'
 }
 
 setup() {

@@ -1,0 +1,90 @@
+//! A client library for Firecracker's API, from PyPI, drives a Debian guest with a disk and a network card: in the emulated host,
+//! by `firecracker_client.py`.
+#![allow(clippy::unwrap_used)] // A helper of a test fails the test.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use guest_images::debian::{Image, Packages, cache};
+use understudy_tests::harness::Binaries;
+
+/// The emulated host fails now and then by itself (docs/nested-host.md).
+const ATTEMPTS: u32 = 3;
+/// What the client's interpreter consists of: itself, its environment, its modules. Each is to be there at its own path; the
+/// libraries are found by `nested-host`.
+const PARTS: &str = "
+import os, sys, sysconfig
+print(sys.executable)
+print(os.path.join(sys.prefix, 'pyvenv.cfg'))
+print(sysconfig.get_path('purelib'))
+stdlib = sysconfig.get_path('stdlib')
+for name in os.listdir(stdlib):
+    if name not in ['test', 'site-packages', 'idlelib', 'ensurepip'] and not name.startswith('config-'):
+        print(os.path.join(stdlib, name))
+";
+
+/// The interpreter of the environment that `scripts/test` makes.
+fn client() -> PathBuf {
+    let made = match std::env::var_os("FIRECRACKER_CLIENT") {
+        Some(folder) => PathBuf::from(folder),
+        None => cache().unwrap().with_file_name("firecracker-client"),
+    };
+    let python = made.join("bin/python3");
+    assert!(
+        python.exists(),
+        "{} is missing: scripts/test makes it, or FIRECRACKER_CLIENT names a Python environment with firecracker-python",
+        python.display()
+    );
+    python
+}
+
+#[test]
+fn a_client_library_of_firecrackers_runs_a_guest_and_restores_it() {
+    let cache = cache().unwrap();
+    let image = Image::build(&cache.join("debian"), &Packages::new(cache.join("packages"))).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let script = folder.path().join("client.py");
+    std::fs::write(&script, include_str!("firecracker_client.py")).unwrap();
+    let python = client();
+    let parts = Command::new(&python).args(["-c", PARTS]).output().unwrap();
+    assert!(
+        parts.status.success(),
+        "{}",
+        String::from_utf8_lossy(&parts.stderr)
+    );
+    let mut shared: Vec<PathBuf> = String::from_utf8(parts.stdout)
+        .unwrap()
+        .lines()
+        .map(PathBuf::from)
+        .collect();
+    shared.extend([
+        script.clone(),
+        image.bzimage.clone(),
+        image.initramfs.clone(),
+        image.torture.clone(),
+    ]);
+    let share = shared
+        .iter()
+        .flat_map(|path| ["--share".into(), path.clone().into_os_string()]);
+    let share: Vec<_> = share.collect();
+    for left in (0..ATTEMPTS).rev() {
+        let output = Command::new(Binaries::find().unwrap().vmm.with_file_name("nested-host"))
+            .args(["--timeout", "10m"])
+            .args(&share)
+            .args([&python, &script, &image.bzimage, &image.initramfs, &image.torture])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        if output.status.success() && said.ends_with("all is well\n") {
+            return;
+        }
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let emulation =
+            errors.contains("ended while the command ran on it") || errors.contains("triple fault");
+        assert!(emulation && left > 0, "{}\n{said}\n{errors}", output.status);
+        eprintln!(
+            "the emulated host failed, {left} attempts left: {}\n{said}\n{errors}",
+            output.status
+        );
+    }
+}
