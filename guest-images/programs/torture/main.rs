@@ -1,12 +1,12 @@
 //! `torture`: many things at once that a restore could break, each checking itself. A static Linux program.
 //!
 //! ```text
-//! torture all|disk|memory|registers|timers|tcp|ping|dmesg|entropy.. [key=value..]   in the guest
+//! torture all|disk|memory|registers|timers|tcp|ping|time|dmesg|entropy.. [key=value..]   in the guest
 //! torture peer listen=ADDRESS:PORT [seconds=N]                                       on the host: the stream's other end
 //! torture check file=FILE                                                            on the host: a disk's records
 //! ```
 //!
-//! `all` is every worker whose keys are given: `disk` needs `file=`, `tcp` needs `peer=`, `ping` needs `ping=`.
+//! `all` is every worker whose keys are given: `disk` needs `file=`, `tcp` needs `peer=`, `ping` needs `ping=`, `time` needs `time=`.
 //!
 //! | Key | Meaning |
 //! |---|---|
@@ -17,6 +17,7 @@
 //! | `mib=N` | the memory worker's MiB, 32 |
 //! | `late_ms=N` | a timer later than this is a finding, 10000 |
 //! | `peer=ADDRESS:PORT`, `ping=ADDRESS` | the other ends of the network |
+//! | `time=ADDRESS:PORT`, `time_ms=N` | the peer whose clock ours is compared with; to be further off than at first is a finding, 50 |
 //! | `seed=N` | of all content, 1 |
 //!
 //! Every heartbeat is a line of the clocks and one of each worker, with running totals:
@@ -54,7 +55,7 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     let Some(what) = arguments.next() else {
         eprintln!(
-            "usage: torture all|disk|memory|registers|timers|tcp|ping|dmesg|entropy|peer|check [key=value..]"
+            "usage: torture all|disk|memory|registers|timers|tcp|ping|time|dmesg|entropy|peer|check [key=value..]"
         );
         return ExitCode::from(2);
     };
@@ -78,6 +79,7 @@ fn main() -> ExitCode {
             "timers",
             "tcp",
             "ping",
+            "time",
             "dmesg",
             "entropy",
         ],
@@ -89,7 +91,8 @@ fn main() -> ExitCode {
             "disk" if keys.file.is_some() => drop(thread::spawn(move || disk::work(&keys))),
             "tcp" if keys.peer.is_some() => drop(thread::spawn(move || net::tcp(&keys))),
             "ping" if keys.ping.is_some() => drop(thread::spawn(move || net::ping(&keys))),
-            "disk" | "tcp" | "ping" if what == "all" => {}
+            "time" if keys.time.is_some() => drop(thread::spawn(move || net::time(&keys))),
+            "disk" | "tcp" | "ping" | "time" if what == "all" => {}
             "memory" => drop(thread::spawn(move || memory::work(&keys))),
             "registers" => processors::registers(&keys),
             "timers" => processors::timers(&keys),
@@ -97,7 +100,7 @@ fn main() -> ExitCode {
             "entropy" => drop(thread::spawn(kernel::entropy)),
             "peer" => {}
             _ => {
-                eprintln!("torture: {what} is unknown or lacks its key (file=, peer=, ping=)");
+                eprintln!("torture: {what} is unknown or lacks its key (file=, peer=, ping=, time=)");
                 return ExitCode::from(2);
             }
         }

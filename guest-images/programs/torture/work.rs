@@ -26,6 +26,8 @@ pub struct Keys {
     pub late_ms: u64,
     pub peer: Option<String>,
     pub ping: Option<String>,
+    pub time: Option<String>,
+    pub time_ms: u64,
     pub listen: Option<String>,
     pub seed: u64,
 }
@@ -38,6 +40,7 @@ impl Keys {
             records: 4096,
             mib: 32,
             late_ms: 10_000,
+            time_ms: 50,
             seed: 1,
             ..Self::default()
         };
@@ -59,6 +62,8 @@ impl Keys {
                 "late_ms" => keys.late_ms = number()?,
                 "peer" => keys.peer = Some(value.into()),
                 "ping" => keys.ping = Some(value.into()),
+                "time" => keys.time = Some(value.into()),
+                "time_ms" => keys.time_ms = number()?,
                 "listen" => keys.listen = Some(value.into()),
                 "seed" => keys.seed = number()?,
                 _ => return Err(format!("{word}: no such key")),

@@ -9,6 +9,7 @@
 #   us.root=DEVICE    an ext4 disk with a Debian root, in which all of this runs
 #   us.ip=A.B.C.D/N   the address of eth0; us.gateway=A.B.C.D
 #   us.peer=A.B.C.D:P the other end of torture's stream; its address is pinged
+#   us.time=A.B.C.D:P the peer whose clock the guest's is compared with; us.time_ms=N
 #   us.seconds=N      torture ends after so long; us.mib=N, us.records=N: its memory and records
 #   us.then=poweroff|reboot|stay   what follows when what runs has ended (poweroff)
 #   us.clock=NAME     the clock source to use: kvm-clock, tsc ..
@@ -34,7 +35,7 @@ for word in $(cat /proc/cmdline); do
     us.peer=*) peer=$value ;;
     us.clock=*) clock=$value ;;
     us.stress=*) stress=$value ;;
-    us.seconds=* | us.mib=* | us.records=* | us.beat_ms=* | us.late_ms=* | us.stuck_s=* | us.seed=*)
+    us.seconds=* | us.mib=* | us.records=* | us.beat_ms=* | us.late_ms=* | us.stuck_s=* | us.seed=* | us.time=* | us.time_ms=*)
         keys="$keys ${word#us.}" ;;
     us.*) echo "BAD init unknown word $word" ;;
     esac
