@@ -56,11 +56,11 @@ static KEYS: Keys = Keys({
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[repr(C, align(32))]
 pub(crate) struct Registers {
-    vector: [Vector; VECTOR],
-    general: [u64; GENERAL],
-    x87: [i64; X87],
-    mxcsr: u32,
-    x87_control: u32,
+    pub(crate) vector: [Vector; VECTOR],
+    pub(crate) general: [u64; GENERAL],
+    pub(crate) x87: [i64; X87],
+    pub(crate) mxcsr: u32,
+    pub(crate) x87_control: u32,
 }
 
 const _: () = assert!(core::mem::offset_of!(Registers, general) == 512);

@@ -287,6 +287,28 @@ fn every_wrong_register_is_named() {
         );
     }
     assert_eq!(names.len(), 15 + 16 + 16 + 8, "each register once: {names:?}");
+    // One bit of one word, whichever: a register is compared whole.
+    let named = |spoil: &dyn Fn(&mut Registers)| {
+        let (mut wrong, mut names) = (wanted.clone(), Vec::new());
+        spoil(&mut wrong);
+        wrong.differences(&wanted, |name| names.push(name));
+        names
+    };
+    for (at, word) in (0..16).flat_map(|at| (0..4).map(move |word| (at, word))) {
+        let half = [Name::Lower(at), Name::Lower(at), Name::Upper(at), Name::Upper(at)][word];
+        assert_eq!(named(&|wrong| wrong.vector[at][word] ^= 1), [half], "word {word}");
+    }
+    for at in 0..15 {
+        assert_eq!(named(&|wrong| wrong.general[at] ^= 1 << 63), [Name::General(at)]);
+    }
+    for at in 0..8 {
+        assert_eq!(named(&|wrong| wrong.x87[at] ^= 1), [Name::X87(at)]);
+    }
+    // Its lowest six bits say what has happened, and may be anything.
+    for (bit, names) in [(5, vec![]), (6, vec![Name::Mxcsr]), (15, vec![Name::Mxcsr])] {
+        assert_eq!(named(&|wrong| wrong.mxcsr ^= 1 << bit), names, "bit {bit}");
+    }
+    assert_eq!(named(&|wrong| wrong.x87_control ^= 1), [Name::X87Control]);
     let mut flipped = wanted.clone();
     flipped.flip_a_bit();
     flipped.differences(&wanted, |name| assert_eq!(name, Name::General(3)));
