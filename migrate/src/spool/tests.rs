@@ -65,6 +65,28 @@ fn a_holder_nobody_heard_of_yet_may_be_anywhere() {
 }
 
 #[test]
+fn near_the_bound_nothing_is_merged_away_from_a_holder_nobody_heard_of_yet() {
+    let dir = tempfile::tempdir().unwrap();
+    let used = spool_of(dir.path(), 8, 1 << 20).store().used_bytes();
+    for at in [None, Some(1), Some(3), Some(7)] {
+        let dir = tempfile::tempdir().unwrap();
+        let spool = spool_of(dir.path(), 8, used);
+        spool.add_holder("a");
+        assert_eq!(spool.make_room().unwrap().merged, 0);
+        // Wherever it turns out to be, what follows is there.
+        let at = at.map(|epoch| position(&spool, epoch));
+        spool.set_position("a", at.clone());
+        let Next::Segment(next) = spool.next_for(at.as_ref()) else {
+            panic!("{at:?}: it needs a full one")
+        };
+        assert_eq!(
+            next.parent().map(|(name, _)| name),
+            at.as_ref().map(|at| &at.name)
+        );
+    }
+}
+
+#[test]
 fn what_is_being_shipped_is_not_merged_away() {
     let dir = tempfile::tempdir().unwrap();
     let used = spool_of(dir.path(), 8, 1 << 20).store().used_bytes();
