@@ -57,6 +57,22 @@ fn a_vm_is_listed_paused_resumed_checkpointed_inspected_and_stopped() {
         .refused(&["no VM named web runs here", "vmm ps"]);
 }
 
+/// Whoever starts it anew at once does not find its name taken.
+#[test]
+fn a_stop_waits_for_the_end_of_the_process() {
+    use std::io::Write;
+    let world = World::new();
+    world.detached("web", "period_ms=5");
+    let row = world.row("web").unwrap();
+    let socket = row["socket"].as_str().unwrap();
+    // A request that is never whole holds the process up for a while after it has answered the stop.
+    let mut half = std::os::unix::net::UnixStream::connect(socket).unwrap();
+    half.write_all(b"GET /status HTTP/1.1\r\nHost:").unwrap();
+    world.vmm(&["stop", "web"]).ok();
+    world.detached("web", "period_ms=5");
+    world.vmm(&["stop", "web"]).ok();
+}
+
 #[test]
 fn a_segment_is_shown_with_its_lineage_and_registers() {
     let world = World::new();
