@@ -22,6 +22,14 @@ fn run<T>(future: impl Future<Output = T>) -> T {
         .block_on(future)
 }
 
+/// A guest that stands still says nothing; one that runs says something every 2 ms here.
+#[track_caller]
+fn assert_silent(vm: &VmHandle, which: &str) {
+    let end = vm.outbox().end();
+    let said = vm.outbox().read(end, Duration::from_millis(100)).bytes;
+    assert!(said.is_empty(), "a {which} guest spoke");
+}
+
 #[test]
 fn a_guest_boots_and_ticks_and_ends() {
     let guests = Guests::new();
@@ -31,7 +39,11 @@ fn a_guest_boots_and_ticks_and_ends() {
     );
     assert_eq!(*vm.state().borrow(), RunState::Paused);
     run(vm.resume()).unwrap();
-    wait_for(vm.outbox(), |text| text.contains("tick 19").then_some(()));
+    let said = wait_for(vm.outbox(), |text| {
+        text.contains("tick 19\n").then(|| text.to_owned())
+    });
+    let ticks: Vec<_> = said.lines().filter(|line| line.starts_with("tick ")).collect();
+    assert_eq!(ticks, (0..20).map(|n| format!("tick {n}")).collect::<Vec<_>>());
     run(async { vm.state().wait_for(RunState::is_final).await.map(|_| ()) }).unwrap();
     assert_eq!(vm.state().borrow().word(), "ended");
     assert!(run(vm.resume()).is_err(), "a guest that ended cannot go on");
@@ -44,14 +56,12 @@ fn a_paused_guest_is_silent_and_goes_on() {
     run(vm.resume()).unwrap();
     wait_for(vm.outbox(), |text| text.contains("tick 5").then_some(()));
     run(vm.pause()).unwrap();
+    assert_silent(&vm, "paused");
     let end = vm.outbox().end();
-    assert!(
-        vm.outbox().read(end, Duration::from_millis(100)).bytes.is_empty(),
-        "a paused guest spoke"
-    );
     run(vm.resume()).unwrap();
     assert!(!vm.outbox().read(end, PATIENCE).bytes.is_empty());
     vm.fence("generation 2 is running elsewhere").unwrap();
+    assert_silent(&vm, "fenced");
     assert!(run(vm.resume()).unwrap_err().to_string().contains("generation 2"));
     run(vm.stop()).unwrap();
     assert_eq!(*vm.state().borrow(), RunState::Stopped);
@@ -61,6 +71,11 @@ fn a_paused_guest_is_silent_and_goes_on() {
 fn without_a_lease_the_guest_is_not_entered_though_nobody_has_stopped_it() {
     let guests = Guests::new();
     let vm = boot(small(64), &guests.source("ticker", "period_ms=2"));
+    vm.leash().hold();
+    let refused = run(vm.resume()).unwrap_err().to_string();
+    assert!(refused.contains("it has no lease"), "{refused}");
+    assert_eq!(*vm.state().borrow(), RunState::Paused);
+    vm.leash().free();
     run(vm.resume()).unwrap();
     wait_for(vm.outbox(), |text| text.contains("tick 5").then_some(()));
     vm.leash().hold();
@@ -96,6 +111,7 @@ fn a_guest_that_lapsed_goes_on_when_its_lease_is_renewed_unless_it_was_paused_me
         (lapsed.word(), lapsed.reason().as_deref()),
         ("lapsed", Some("nobody answers"))
     );
+    assert_silent(&vm, "lapsed");
     assert!(
         run(vm.resume())
             .unwrap_err()
