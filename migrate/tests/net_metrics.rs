@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use migrate::agent::{Agent, AgentConfig};
 use migrate::registry::RegistryAddr;
+use migrate::store::{Durability, FsStore};
 use net_common::*;
 use segment::Generation;
 
@@ -94,6 +95,7 @@ fn scrape(at: SocketAddr) -> BTreeMap<String, f64> {
         head.contains("content-type: application/openmetrics-text; version=1.0.0"),
         "{head}"
     );
+    assert!(head.contains("connection: close"), "{head}");
     parsed(body)
 }
 
@@ -203,6 +205,29 @@ async fn what_happens_to_segments_is_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn of_too_many_vms_the_first_are_told_of_and_how_many_are_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = FsStore::open(&dir.path().join("a/store"), None, Durability::Spool).unwrap();
+    // As they are on disk: to store so many durably would take long.
+    for number in 0..1003 {
+        let name = name(&format!("vm-{number:04}"), 1, 1);
+        let path = store.segment_path(&name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, segment_bytes(&name, checkpoint_of(&name, 1), None, 1)).unwrap();
+    }
+    drop(store);
+    let (agent, at) = metered(dir.path(), "a", RegistryAddr::Embedded).await;
+    let told = scrape(at);
+    assert_eq!(told["understudy_vms_held"], 1003.0);
+    assert_eq!(told["understudy_vms_untold"], 3.0);
+    for (vm, is_told) in [("vm-0000", true), ("vm-0999", true), ("vm-1000", false)] {
+        let sample = format!("understudy_vm_segments{{vm=\"{vm}\"}}");
+        assert_eq!(told.contains_key(&sample), is_told, "{vm}");
+    }
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_full_store_and_the_budget_are_told() {
     let dir = tempfile::tempdir().unwrap();
     let config = AgentConfig {
@@ -275,6 +300,10 @@ async fn only_a_get_of_the_metrics_is_answered() {
         (format!("GET /{} HTTP/1.1\r\n\r\n", "a".repeat(100_000)), "4"),
         (
             format!("GET /metrics HTTP/1.1\r\n{}\r\n", "X: y\r\n".repeat(1000)),
+            "4",
+        ),
+        (
+            format!("GET /metrics HTTP/1.1\r\nX: {}\r\n\r\n", "y".repeat(20_000)),
             "4",
         ),
     ] {
