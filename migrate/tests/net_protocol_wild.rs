@@ -180,84 +180,6 @@ fn wild_receiver_event() -> impl Strategy<Value = ReceiverEvent<ModelProof>> {
     ]
 }
 
-/// A receiver that has promised [`MINE`] and told its position.
-fn opened() -> Receiver {
-    let now = Duration::ZERO;
-    let mut receiver = Receiver::new(Duration::from_secs(1), Duration::from_secs(6), now);
-    let open = Message::Open(Open {
-        vm: vm(),
-        generation: MINE,
-        owner: "o".into(),
-        lease_ttl_ms: None,
-    });
-    frame(&mut receiver, 0, open);
-    receiver.step::<ModelProof>(ReceiverEvent::Promised(PromiseResult::Promised), now);
-    receiver.step::<ModelProof>(ReceiverEvent::Found(None), now);
-    receiver
-}
-
-fn frame(receiver: &mut Receiver, stream: u32, message: Message) -> Vec<ReceiverAction> {
-    receiver.step::<ModelProof>(ReceiverEvent::Frame { stream, message }, Duration::ZERO)
-}
-
-fn closes(actions: &[ReceiverAction]) -> bool {
-    matches!(actions.last(), Some(ReceiverAction::Close { .. }))
-}
-
-#[test]
-fn what_was_not_promised_is_not_taken() {
-    let good = offer(1, true);
-    assert!(!closes(&frame(&mut opened(), 1, Message::Offer(good.clone()))));
-    let mut lower = good.clone();
-    lower.generation = Generation(MINE.0 - 1);
-    let mut higher = good.clone();
-    higher.generation = Generation(MINE.0 + 1);
-    let mut ahead = good.clone();
-    ahead.name.generation = Generation(MINE.0 + 1);
-    let mut other = good.clone();
-    other.name.vm = segment::VmId::new("db").unwrap();
-    for bad in [lower, higher, ahead, other] {
-        assert!(
-            closes(&frame(&mut opened(), 1, Message::Offer(bad.clone()))),
-            "{bad:?}"
-        );
-    }
-    // Before the generation was promised, and on the stream of none.
-    let mut fresh = Receiver::new(Duration::from_secs(1), Duration::from_secs(6), Duration::ZERO);
-    assert!(closes(&frame(&mut fresh, 1, Message::Offer(good.clone()))));
-    assert!(closes(&frame(&mut opened(), 0, Message::Offer(good.clone()))));
-    // An earlier generation's segment under ours is fine: a new owner ships what it was restored from.
-    let mut earlier = good;
-    earlier.name.generation = Generation(1);
-    assert!(!closes(&frame(&mut opened(), 1, Message::Offer(earlier))));
-}
-
-#[test]
-fn more_or_fewer_bytes_than_were_offered_end_the_connection() {
-    let offer = offer(1, true);
-    let exact = offer.bytes as usize;
-    for (bytes, fits) in [(exact - 1, false), (exact, true), (exact + 1, false)] {
-        let mut receiver = opened();
-        frame(&mut receiver, 1, Message::Offer(offer.clone()));
-        let mut actions = frame(&mut receiver, 1, Message::Chunk(vec![0; bytes]));
-        // Too many are refused before they are written.
-        assert_eq!(closes(&actions), bytes > exact);
-        actions.extend(frame(&mut receiver, 1, Message::End(End {})));
-        let committed = actions.contains(&ReceiverAction::Commit { transfer: 1 });
-        assert_eq!((committed, closes(&actions)), (fits, !fits), "{bytes} bytes");
-    }
-}
-
-#[test]
-fn transfers_are_bounded() {
-    let mut receiver = opened();
-    let begin = |receiver: &mut Receiver, stream| frame(receiver, stream, Message::Offer(offer(1, true)));
-    for stream in 1..=migrate::protocol::MAX_TRANSFERS as u32 {
-        assert!(!closes(&begin(&mut receiver, stream)));
-    }
-    assert!(closes(&begin(&mut receiver, 9999)));
-}
-
 #[test]
 fn an_acknowledgement_of_something_else_is_not_believed() {
     let now = Duration::ZERO;
@@ -397,23 +319,6 @@ fn a_silent_holder_is_given_up_and_tried_again_with_longer_pauses() {
         }
     }
     assert!(pings >= 4, "{pings} pings");
-}
-
-#[test]
-fn an_owner_that_waits_for_a_slow_disk_is_not_taken_for_dead() {
-    let mut now = Duration::ZERO;
-    let mut receiver = opened();
-    for _ in 0..20 {
-        now = receiver.deadline().unwrap();
-        let actions = receiver.step::<ModelProof>(ReceiverEvent::Unread, now);
-        assert!(!closes(&actions), "{actions:?} at {now:?}");
-    }
-    assert!(now > Duration::from_secs(12));
-    let heard = now;
-    while !closes(&receiver.step::<ModelProof>(ReceiverEvent::Tick, now)) {
-        now = receiver.deadline().unwrap();
-    }
-    assert_eq!(now - heard, Duration::from_secs(6));
 }
 
 #[test]
