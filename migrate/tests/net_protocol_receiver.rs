@@ -155,7 +155,12 @@ fn what_comes_out_of_order_ends_the_connection() {
         ("another generation", opened(), 0, other_generation),
         ("a renewal without a lease", opened(), 0, renew()),
         ("two offers on one stream", receiving(), 1, again()),
-        ("a chunk after the end", committing(), 1, chunk()),
+        (
+            "an empty chunk after the end",
+            committing(),
+            1,
+            Message::Chunk(Vec::new()),
+        ),
         ("a second end", committing(), 1, end()),
     ] {
         let actions = frame(&mut receiver, stream, message);

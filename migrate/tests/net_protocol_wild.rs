@@ -520,6 +520,15 @@ fn a_position_in_another_vm_or_generation_is_none() {
 }
 
 #[test]
+fn what_is_asked_for_first_is_what_follows_the_holders_newest() {
+    for newest in [None, Some(held(3))] {
+        let actions = connected().step(frame_of(position_of(MINE, newest.clone())), Duration::ZERO);
+        let asked = |action: &SenderAction| matches!(action, SenderAction::Next { position, .. } if *position == newest);
+        assert!(actions.iter().any(asked), "{newest:?}: {actions:?}");
+    }
+}
+
+#[test]
 fn what_was_refused_is_offered_again_after_pauses_that_grow() {
     let mut sender = flowing();
     let (mut now, mut ticket) = (Duration::ZERO, 1);
