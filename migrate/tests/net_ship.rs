@@ -3,10 +3,12 @@
 
 mod net_common;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use migrate::agent::Agent;
-use migrate::registry::RegistryAddr;
+use migrate::registry::{Registry, RegistryAddr};
 use migrate::shipper::{HolderState, ShipEvent};
 use net_common::*;
 use segment::Generation;
@@ -173,7 +175,7 @@ async fn a_holder_that_comes_back_is_served_from_the_spool_and_the_other_did_not
         .wait_event("b is missed", |e| matches!(e, ShipEvent::HolderDown { .. }))
         .await;
 
-    let mut last = first;
+    let mut last = first.clone();
     for _ in 0..40 {
         last = owner.take(8);
     }
@@ -198,6 +200,12 @@ async fn a_holder_that_comes_back_is_served_from_the_spool_and_the_other_did_not
     let b = Agent::start(again(dir.path(), "b", registry, &b_address))
         .await
         .unwrap();
+    owner
+        .wait_event("b is up where it was", |e| {
+            matches!(e, ShipEvent::HolderUp { holder, position, .. }
+                if *holder == b_address && position.as_ref() == Some(&first))
+        })
+        .await;
     let store = b.store().clone();
     eventually("b has caught up", || {
         store.newest_complete(&vm("web")).is_some_and(|e| e.name == last)
@@ -401,7 +409,7 @@ async fn a_registry_that_is_away_holds_nothing_up() {
     let keeper_address = keeper.address().to_owned();
     let holder = agent_with(dir.path(), "b", &keeper).await;
     let generation = create(keeper.registry(), "web", &[holder.address()], 1).await;
-    let registry = migrate::registry::Registry::remote(&keeper_address, &tester());
+    let registry = Registry::remote(&keeper_address, &tester());
     keeper.stop().await;
     // Someone who hangs up at once, so that it is seen that it was tried in vain.
     let listener = TcpListener::bind(&keeper_address).await.unwrap();
@@ -441,6 +449,81 @@ async fn a_registry_that_is_away_holds_nothing_up() {
     owner.shipper.stop().await;
     holder.stop().await;
     keeper.stop().await;
+}
+
+/// Passes bytes on to a registry, but hangs up on the first `times` that name a segment; counts those it hung up on.
+async fn refusing_proxy(target: String, times: usize) -> (String, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let refused: Arc<AtomicUsize> = Arc::default();
+    let count = refused.clone();
+    tokio::spawn(async move {
+        while let Ok((mut near, _)) = listener.accept().await {
+            let mut far = TcpStream::connect(&target).await.unwrap();
+            let refused = refused.clone();
+            tokio::spawn(async move {
+                let (mut near_read, mut near_write) = near.split();
+                let (mut far_read, mut far_write) = far.split();
+                let there = async {
+                    let mut buffer = vec![0; 64 << 10];
+                    while let Ok(n @ 1..) = near_read.read(&mut buffer).await {
+                        let names = buffer[..n].windows(6).any(|bytes| bytes == b"web/1/");
+                        if names && refused.load(Ordering::SeqCst) < times {
+                            refused.fetch_add(1, Ordering::SeqCst);
+                            return;
+                        }
+                        if far_write.write_all(&buffer[..n]).await.is_err() {
+                            return;
+                        }
+                    }
+                };
+                tokio::select! {
+                    () = there => {}
+                    _ = tokio::io::copy(&mut far_read, &mut near_write) => {}
+                }
+            });
+        }
+    });
+    (address, count)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_registry_did_not_take_is_told_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = first_agent(dir.path()).await;
+    let generation = create(agent.registry(), "web", &[agent.address()], 1).await;
+    // A connection that was there already is tried once more by itself: more than that.
+    let (address, refused) = refusing_proxy(agent.address().to_owned(), 3).await;
+    let registry = Registry::remote(&address, &tester());
+    let mut owner = Owner::start(
+        dir.path(),
+        "web",
+        generation,
+        &[agent.address()],
+        1,
+        Some(registry),
+    );
+    for _ in 0..10 {
+        owner.take(2);
+    }
+    let last = owner.name(10);
+    owner.wait_committed(&last).await;
+    let deadline = Instant::now() + PATIENCE;
+    while agent
+        .registry()
+        .list_segments(&vm("web"), None, 100)
+        .await
+        .unwrap()
+        .0
+        .len()
+        < 10
+    {
+        assert!(Instant::now() < deadline, "the registry never heard of them");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(refused.load(Ordering::SeqCst), 3);
+    owner.shipper.stop().await;
+    agent.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
