@@ -97,6 +97,19 @@ fn what_keeps_an_agent_from_starting_is_one_clear_message() {
             vec!["127.0.0.1:0", "--data", &locked, "--name", "a"],
             vec!["in use by another process", locked.as_str()],
         ),
+        // One that keeps no registry there, too.
+        (
+            vec![
+                "127.0.0.1:0",
+                "--data",
+                &locked,
+                "--name",
+                "b",
+                "--registry",
+                &agent.address,
+            ],
+            vec!["in use by another process", locked.as_str()],
+        ),
         (
             vec!["127.0.0.1:0", "--data", &other, "--name", "a b"],
             vec!["\"a b\"", "letters"],
@@ -190,7 +203,10 @@ async fn segments_are_listed_shown_and_forgotten() {
         "{table}"
     );
     let json: serde_json::Value = serde_json::from_str(&at(&["ls", "--json"])).unwrap();
-    assert_eq!(json[1]["name"], "web/1/2");
+    assert_eq!(
+        (&json[1]["name"], &json[1]["complete"]),
+        (&"web/1/2".into(), &true.into())
+    );
     assert_eq!(
         (&json[1]["kind"], &json[1]["parent"]["name"]),
         (&"delta".into(), &"web/1/1".into())
@@ -243,24 +259,40 @@ async fn segments_are_listed_shown_and_forgotten() {
         "{from_b}"
     );
 
-    let running = standby(&["forget", "web", "--agent", &a.address]);
-    assert!(stderr(&running).contains("vmm stop web"), "{}", stderr(&running));
+    // Two speak against it, each by itself: the owner that ships here, and the registry.
+    let forget = || standby(&["forget", "web", "--agent", &a.address]);
+    let is = async |state| {
+        registry
+            .set_vm_state(&vm("web"), generation, state)
+            .await
+            .unwrap()
+    };
+    is(VmState::Stopped).await;
+    let shipped = stderr(&forget());
+    for part in ["is being shipped here by owner", "vmm stop web"] {
+        assert!(shipped.contains(part), "{shipped} lacks {part:?}");
+    }
+    is(VmState::Running).await;
     owner.shipper.stop().await;
     let deadline = std::time::Instant::now() + PATIENCE;
-    while registry
-        .set_vm_state(&vm("web"), generation, VmState::Stopped)
-        .await
-        .is_err()
-        || !standby(&["forget", "web", "--agent", &a.address])
-            .status
-            .success()
-    {
+    let running = loop {
+        let told = stderr(&forget());
+        if !told.contains("is being shipped") {
+            break told;
+        }
+        assert!(std::time::Instant::now() < deadline, "it is shipped for ever");
+    };
+    for part in ["is recorded as running, owned by owner", "vmm stop web"] {
+        assert!(running.contains(part), "{running} lacks {part:?}");
+    }
+    is(VmState::Stopped).await;
+    while !forget().status.success() {
         assert!(std::time::Instant::now() < deadline, "it is never forgotten");
     }
     for agent in [&a, &b] {
         assert!(stdout(&standby(&["ls", "--agent", &agent.address])).contains("no segments"));
     }
-    let again = standby(&["forget", "web", "--agent", &a.address]);
+    let again = forget();
     assert!(stderr(&again).contains("has a VM web"), "{}", stderr(&again));
 }
 
