@@ -1,6 +1,7 @@
 //! `/snapshot/create` and `/snapshot/load`.
 
 use serde_json::json;
+use vmm::api::resources::replication::StoredCheckpoint;
 use vmm::session::SessionStatus;
 
 use crate::support::{World, refused};
@@ -118,11 +119,12 @@ async fn a_snapshot_that_cannot_be_written_disturbs_nothing() {
         .put("/actions", &json!({"action_type": "InstanceStart"}))
         .await
         .unwrap();
-    for path in [
-        world.text("no/such/folder"),
-        world.text(""),
-        "/proc/full".into(),
-        "..".into(),
+    for (path, taken) in [
+        (world.text("no/such/folder"), 0),
+        (world.text(""), 0),
+        ("..".into(), 0),
+        // Only the attempt to write it shows that it cannot be.
+        ("/proc/full".into(), 1),
     ] {
         let (status, message) = refused(
             vm.client
@@ -130,6 +132,8 @@ async fn a_snapshot_that_cannot_be_written_disturbs_nothing() {
                 .await,
         );
         assert!(status == 400 && !message.is_empty(), "{path}: {message}");
+        let stored: Vec<StoredCheckpoint> = vm.client.get("/checkpoints").await.unwrap();
+        assert_eq!(stored.len(), taken, "{path}: {stored:?}");
     }
     vm.client.put("/snapshot/create", &source).await.unwrap();
     vm.says("tick 5").await;
