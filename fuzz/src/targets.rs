@@ -91,6 +91,7 @@ fn plain(epoch: u64, parent: Option<u64>) -> Manifest {
         spaces: vec![space()],
         first_epoch: None,
         label: None,
+        encryption: None,
     }
 }
 

@@ -205,6 +205,7 @@ impl Ticket {
             spaces: captured.spaces.iter().map(|pages| pages.space.clone()).collect(),
             first_epoch: None,
             label,
+            encryption: None,
         }
     }
 }

@@ -8,6 +8,7 @@ const ROOT: &str = "understudy segment v1 root";
 const HEADER: &str = "understudy segment v1 header";
 const FRAME: &str = "understudy segment v1 frame";
 const PAGE: &str = "understudy segment v1 page";
+const MANIFEST: &str = "understudy segment v1 manifest";
 const RECORDS: &str = "understudy segment v1 records in memory";
 
 /// The hasher of the root digest.
@@ -19,6 +20,11 @@ pub(crate) fn root() -> blake3::Hasher {
 /// so that a source that changes in between is noticed.
 pub(crate) fn records() -> blake3::Hasher {
     blake3::Hasher::new_derive_key(RECORDS)
+}
+
+/// The digest of a manifest's bytes: what frames and records are encrypted as part of.
+pub(crate) fn of_manifest(bytes: &[u8]) -> Digest {
+    finish(blake3::Hasher::new_derive_key(MANIFEST).update(bytes))
 }
 
 /// The digest of a header's bytes before it.

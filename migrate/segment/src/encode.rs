@@ -1,11 +1,13 @@
 //! Pages in, a compressed frame out.
 
+use std::sync::Arc;
+
 use zstd::bulk::Compressor;
 
 use crate::error::at_most;
 use crate::frame::{KIND_CHANGE, KIND_DATA, KIND_SAME, KIND_ZERO, PageCheck, put_varint};
 use crate::index::{Codec, FrameEntry, PageIndex};
-use crate::{FormatError, Space, digest, limits};
+use crate::{Cipher, Digest, Encryption, FormatError, Space, digest, limits};
 
 /// A page that differs from its base in more than one in so many words is stored whole: what is left of it would
 /// not compress better as a change.
@@ -18,6 +20,8 @@ pub struct EncodedFrame {
     pub entry: FrameEntry,
     /// The frame as it will be stored.
     pub bytes: Vec<u8>,
+    /// How it is encrypted: the writer takes it into a segment that is encrypted so, and no other.
+    pub(crate) encryption: Option<Encryption>,
 }
 
 /// A page on its way into a frame.
@@ -61,6 +65,7 @@ pub struct FrameEncoder {
     runs: Vec<Run>,
     raw: Vec<u8>,
     compressed: Vec<u8>,
+    cipher: Option<Arc<Cipher>>,
 }
 
 /// Pages next to each other, of one kind.
@@ -102,12 +107,18 @@ impl FrameEncoder {
             runs: Vec::new(),
             raw: Vec::new(),
             compressed: Vec::new(),
+            cipher: None,
         }
     }
 
     /// Compresses what comes from now on at this level.
     pub fn set_level(&mut self, level: i32) {
         self.level = level;
+    }
+
+    /// Encrypts what comes from now on with `cipher`, or no longer.
+    pub fn set_cipher(&mut self, cipher: Option<Arc<Cipher>>) {
+        self.cipher = cipher;
     }
 
     /// Makes a frame of `pages` of `space`, ascending and each once, whose bytes are back to back in `data`: at
@@ -160,23 +171,32 @@ impl FrameEncoder {
         };
         let (first_page, end_page) = (PageIndex(first.first), PageIndex(last.first + last.pages));
         let counts = self.fill_raw(pages);
-        let (codec, bytes) = self.compress()?;
-        let entry = FrameEntry {
+        let (codec, mut bytes) = self.compress()?;
+        let tag_bytes = self.cipher.as_ref().map_or(0, |_| limits::TAG_BYTES);
+        let mut entry = FrameEntry {
             space: space.id,
             codec,
             first_page,
             end_page,
             offset: 0,
             // `check` keeps a frame within MAX_FRAME_RAW_BYTES, far below 4 GiB.
-            stored_bytes: bytes.len() as u32,
+            stored_bytes: (bytes.len() + tag_bytes) as u32,
             raw_bytes: self.raw.len() as u32,
             data_pages: counts.data,
             zero_pages: counts.zero,
             same_pages: counts.same,
             change_pages: counts.change,
-            digest: digest::of_frame(&bytes),
+            digest: Digest([0; 32]),
         };
-        Ok(Some(EncodedFrame { entry, bytes }))
+        if let Some(cipher) = &self.cipher {
+            cipher.seal_frame(&entry, &mut bytes)?;
+        }
+        entry.digest = digest::of_frame(&bytes);
+        Ok(Some(EncodedFrame {
+            entry,
+            bytes,
+            encryption: self.cipher.as_ref().map(|cipher| cipher.encryption()),
+        }))
     }
 
     fn find_runs(&mut self, full: bool, pages: &[PageIn<'_>]) {

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::io;
 
-use crate::{Features, SegmentName, limits};
+use crate::{Features, KeyId, SegmentName, limits};
 
 /// Where in a segment something is wrong: a field, a frame, a record.
 pub type Place = Cow<'static, str>;
@@ -49,6 +49,30 @@ pub enum FormatError {
     Digest {
         /// What is damaged.
         what: Place,
+    },
+    /// What is asked for is encrypted, and the key is not there.
+    #[error(
+        "segment {segment} is encrypted with key {key}, which is not among the keys given: \
+         name the file that has it (--key-file)"
+    )]
+    NoKey {
+        /// The segment.
+        segment: SegmentName,
+        /// The key.
+        key: KeyId,
+    },
+    /// What is encrypted does not fit its key and the rest of the segment.
+    #[error(
+        "{what} of segment {segment} was not written with key {key}, or was changed: \
+         fetch the segment from another holder"
+    )]
+    Forged {
+        /// What does not fit.
+        what: Place,
+        /// The segment.
+        segment: SegmentName,
+        /// The key that it says it is encrypted with.
+        key: KeyId,
     },
     /// A length is above its limit.
     #[error("{what} is too large: {bytes}, at most {max} allowed")]
@@ -206,6 +230,14 @@ pub enum MergeError {
         space: crate::SpaceId,
         /// The page.
         page: crate::PageIndex,
+    },
+    /// An input is encrypted, and the result would not be.
+    #[error("segment {name} is encrypted with key {key}, and what it is merged into would not be")]
+    Plain {
+        /// The input.
+        name: SegmentName,
+        /// Its key.
+        key: KeyId,
     },
     /// The result could not be written.
     #[error("write the merged segment {name}")]

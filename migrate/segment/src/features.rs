@@ -7,9 +7,10 @@ use std::fmt;
 pub struct Features(pub u64);
 
 /// Every feature there is: its bit and its name. A bit or a name is never used again for something else.
-const NAMES: [(u64, &str); 2] = [
+const NAMES: [(u64, &str); 3] = [
     (Features::SAME_PAGES.0, "same-pages"),
     (Features::PAGE_CHANGES.0, "page-changes"),
+    (Features::ENCRYPTED.0, "encrypted"),
 ];
 
 impl Features {
@@ -19,8 +20,10 @@ impl Features {
     pub const SAME_PAGES: Self = Self(1);
     /// Frames hold pages as changes of the parent's (bit 1).
     pub const PAGE_CHANGES: Self = Self(1 << 1);
+    /// What is in frames and records is encrypted (bit 2).
+    pub const ENCRYPTED: Self = Self(1 << 2);
     /// All that this crate knows.
-    pub const KNOWN: Self = Self(Self::SAME_PAGES.0 | Self::PAGE_CHANGES.0);
+    pub const KNOWN: Self = Self(Self::SAME_PAGES.0 | Self::PAGE_CHANGES.0 | Self::ENCRYPTED.0);
 
     /// Whether all of `other` are in it.
     #[must_use]
@@ -32,6 +35,15 @@ impl Features {
     #[must_use]
     pub fn with(self, other: Self) -> Self {
         Self(self.0 | other.0)
+    }
+
+    /// The minor version that they came with: the earliest that a segment which uses them can have.
+    pub(crate) fn minor(self) -> u16 {
+        if self.has(Self::ENCRYPTED) {
+            2
+        } else {
+            u16::from(self != Self::NONE)
+        }
     }
 
     /// Those this crate does not know.

@@ -16,7 +16,7 @@ use zstd::bulk::Decompressor;
 
 use crate::error::at_most;
 use crate::index::{Codec, FrameEntry, PageIndex};
-use crate::{Digest, FormatError, ReadAt, SpaceId, digest, limits};
+use crate::{Cipher, Digest, FormatError, ReadAt, SpaceId, digest, limits};
 
 /// The kind of a run with data.
 pub(crate) const KIND_DATA: u8 = 1;
@@ -104,6 +104,16 @@ enum Content {
     Copies(usize),
 }
 
+/// What of a segment its frames are read with.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Reading<'a> {
+    pub(crate) body_offset: u64,
+    /// Of the frame's space.
+    pub(crate) page_bytes: u32,
+    pub(crate) full: bool,
+    pub(crate) cipher: Option<&'a Cipher>,
+}
+
 /// Scratch memory for reading frames: use one for many frames, one per thread. It grows to the largest frame, at
 /// most twice [`limits::MAX_FRAME_RAW_BYTES`] (twice that where pages are the same as others), and stays.
 #[derive(Default)]
@@ -160,21 +170,60 @@ impl FrameBuf {
         Self::default()
     }
 
-    /// Reads frame `i` of the body at `body_offset`: digest, then decompression, then the page table. `entry` has
-    /// passed the index's checks, so its sizes are within the limits. After an error the buffer holds no pages.
+    /// Reads frame `i`: digest, then decryption, then decompression, then the page table. `entry` has passed the index's
+    /// checks, so its sizes are within the limits. After an error the buffer holds no pages.
     pub(crate) fn load(
         &mut self,
         source: &(impl ReadAt + ?Sized),
-        body_offset: u64,
         i: usize,
         entry: &FrameEntry,
-        page_bytes: u32,
-        full: bool,
+        reading: Reading<'_>,
     ) -> Result<(), FormatError> {
-        self.runs.clear();
+        let Reading {
+            body_offset,
+            page_bytes,
+            full,
+            cipher,
+        } = reading;
         self.page_bytes = page_bytes as usize;
         let what = || format!("frame {i}").into();
         let raw_bytes = entry.raw_bytes as usize;
+        let stored = self.load_stored(source, i, entry, body_offset)?;
+        let mut content_bytes = stored.len();
+        if let Some(cipher) = cipher {
+            cipher.open_frame(i, entry, stored)?;
+            // The index's checks hold it above the tag.
+            content_bytes -= limits::TAG_BYTES;
+        }
+        if entry.codec == Codec::Zstd {
+            let raw = grown(&mut self.raw, raw_bytes);
+            let length =
+                decompress(&mut self.decompressor, &self.stored[..content_bytes], raw).map_err(|source| {
+                    FormatError::Zstd {
+                        action: "decompress",
+                        what: what(),
+                        source,
+                    }
+                })?;
+            if length != raw_bytes {
+                let why = format!("it decompresses to {length} bytes, the index says {raw_bytes}");
+                return Err(FormatError::invalid(what(), why));
+            }
+        }
+        let raw = &self.raw[..raw_bytes];
+        parse(i, entry, page_bytes as usize, full, raw, &mut self.runs).inspect_err(|_| self.runs.clear())
+    }
+
+    /// Reads frame `i` as it is stored, and checks its digest. The buffer holds no pages then.
+    pub(crate) fn load_stored(
+        &mut self,
+        source: &(impl ReadAt + ?Sized),
+        i: usize,
+        entry: &FrameEntry,
+        body_offset: u64,
+    ) -> Result<&mut [u8], FormatError> {
+        self.runs.clear();
+        let what = || format!("frame {i}").into();
         // A frame stored as it is lands where a compressed one is decompressed to.
         let landing = match entry.codec {
             Codec::Stored => &mut self.raw,
@@ -187,25 +236,7 @@ impl FrameBuf {
         if digest::of_frame(stored) != entry.digest {
             return Err(FormatError::Digest { what: what() });
         }
-        if entry.codec == Codec::Zstd {
-            let raw = grown(&mut self.raw, raw_bytes);
-            let length = decompress(
-                &mut self.decompressor,
-                &self.stored[..entry.stored_bytes as usize],
-                raw,
-            )
-            .map_err(|source| FormatError::Zstd {
-                action: "decompress",
-                what: what(),
-                source,
-            })?;
-            if length != raw_bytes {
-                let why = format!("it decompresses to {length} bytes, the index says {raw_bytes}");
-                return Err(FormatError::invalid(what(), why));
-            }
-        }
-        let raw = &self.raw[..raw_bytes];
-        parse(i, entry, page_bytes as usize, full, raw, &mut self.runs).inspect_err(|_| self.runs.clear())
+        Ok(stored)
     }
 
     /// Gives pages of frame `i` that are the same as others the content of those. `locate` says which frame has a page

@@ -22,9 +22,6 @@ use crate::{Digest, Features, FormatError};
 pub(crate) const MAGIC: [u8; 8] = *b"UNDRSTDY";
 /// The major version this crate reads and writes.
 pub(crate) const MAJOR: u16 = 1;
-/// The minor version this crate writes where a segment uses what came with it. Without that it writes 0, and the same
-/// bytes as ever.
-pub(crate) const MINOR: u16 = 1;
 /// How much of the header the root digest covers.
 pub(crate) const ROOT_COVERS: usize = 64;
 /// How much of the header the header digest covers.
@@ -142,7 +139,12 @@ impl Header {
             limits::MAX_FRAMES.into(),
         )?;
         limit("body (header offset 48)", self.body_bytes, limits::MAX_BODY_BYTES)?;
-        let index_bytes = u64::from(self.frames) * limits::ENTRY_BYTES as u64;
+        // Nothing that is hostile makes this more than 2^22 entries and a tag.
+        let tag_bytes = match self.features_required.has(Features::ENCRYPTED) {
+            true => limits::INDEX_TAG_BYTES as u64,
+            false => 0,
+        };
+        let index_bytes = u64::from(self.frames) * limits::ENTRY_BYTES as u64 + tag_bytes;
         if self.index_bytes != index_bytes {
             let why = format!(
                 "{} bytes, but {} frames take {index_bytes}",

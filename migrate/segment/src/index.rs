@@ -176,7 +176,7 @@ impl IndexCheck {
             )));
         }
         check_features(i, entry, self.features)?;
-        check_sizes(i, entry, space.page_bytes)?;
+        check_sizes(i, entry, space.page_bytes, manifest.encryption.is_some())?;
         if manifest.kind.is_full() && entry.change_pages != 0 {
             return Err(bad(
                 "a full segment has nothing that a page could be a change of".into()
@@ -216,7 +216,7 @@ fn check_features(i: usize, entry: &FrameEntry, features: Features) -> Result<()
     Ok(())
 }
 
-fn check_sizes(i: usize, entry: &FrameEntry, page_bytes: u32) -> Result<(), FormatError> {
+fn check_sizes(i: usize, entry: &FrameEntry, page_bytes: u32, encrypted: bool) -> Result<(), FormatError> {
     let bad = |why: String| FormatError::invalid(place(i), why);
     let same = u64::from(entry.same_pages);
     let pages = u64::from(entry.data_pages) + u64::from(entry.zero_pages) + same;
@@ -256,10 +256,14 @@ fn check_sizes(i: usize, entry: &FrameEntry, page_bytes: u32) -> Result<(), Form
             entry.data_pages
         )));
     }
-    let fits = match entry.codec {
-        Codec::Stored => entry.stored_bytes == entry.raw_bytes,
-        Codec::Zstd => (1..entry.raw_bytes).contains(&entry.stored_bytes),
-    };
+    let tag_bytes = if encrypted { limits::TAG_BYTES as u32 } else { 0 };
+    let fits = entry
+        .stored_bytes
+        .checked_sub(tag_bytes)
+        .is_some_and(|bytes| match entry.codec {
+            Codec::Stored => bytes == entry.raw_bytes,
+            Codec::Zstd => (1..entry.raw_bytes).contains(&bytes),
+        });
     if !fits {
         return Err(bad(format!(
             "{} stored bytes for {raw} as {:?}",
@@ -269,7 +273,7 @@ fn check_sizes(i: usize, entry: &FrameEntry, page_bytes: u32) -> Result<(), Form
     Ok(())
 }
 
-/// Reads and checks the whole index.
+/// Reads and checks all entries; what is left behind them is not theirs.
 pub(crate) fn decode(
     manifest: &Manifest,
     features: Features,

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! [`FrameEncoder`] makes frames of pages, [`SegmentWriter`] makes a file of frames, [`SegmentReader`] verifies and
-//! reads one, [`merge`] makes one segment of a chain. The bytes are laid down in `docs/segment-format.md`.
+//! reads one, [`merge`] makes one segment of a chain. A [`Key`] encrypts what is in frames and records. The bytes are laid
+//! down in `docs/segment-format.md`.
 //!
 //! Invariants: everything read is hostile. A length is checked against a limit of [`limits`] before memory is
 //! taken for it, a digest before what it covers is decoded, and nothing read makes this crate panic.
@@ -17,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 mod cbor;
+mod crypt;
 mod digest;
 mod encode;
 mod error;
@@ -34,6 +36,7 @@ mod same;
 mod source;
 mod writer;
 
+pub use crypt::{Cipher, Encryption, Key, KeyId, Keyring};
 pub use encode::{EncodedFrame, Form, FrameEncoder, PageIn, is_zero, xor_into};
 pub use error::{FormatError, MergeError, Place, WriteError};
 pub use features::Features;
@@ -42,7 +45,7 @@ pub use header::{Header, read_prefix};
 pub use index::{Codec, FrameEntry, PageIndex};
 pub use limits::{FRAME_PAGES, HEADER_BYTES, pages_per_frame};
 pub use manifest::{Kind, Manifest, Space, SpaceId};
-pub use merge::merge;
+pub use merge::{merge, merge_encrypted};
 pub use name::{CheckpointId, Digest, Epoch, Generation, MAX_VM_ID_BYTES, NameError, SegmentName, VmId};
 pub use reader::{PageContent, SegmentReader, Summary};
 pub use records::Record;

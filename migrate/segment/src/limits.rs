@@ -15,6 +15,16 @@ pub const MAX_RECORDS_STORED_BYTES: u32 = 65 << 20;
 pub const MAX_RECORDS: usize = 4096;
 /// The longest tag of a record.
 pub const MAX_TAG_BYTES: usize = 64;
+/// The length of a key.
+pub const KEY_BYTES: usize = 32;
+/// The length of what a key is called.
+pub const KEY_ID_BYTES: usize = 8;
+/// The length of what makes the key of one encoding of a segment.
+pub const SALT_BYTES: usize = 32;
+/// How much longer a frame, and the records, are where they are encrypted.
+pub const TAG_BYTES: usize = 16;
+/// The tag behind the index of a segment that is encrypted.
+pub const INDEX_TAG_BYTES: usize = 32;
 /// The longest text of a manifest: a space's name, the producer, the label.
 pub const MAX_TEXT_BYTES: usize = 256;
 /// The most address spaces: memory and 63 disks.

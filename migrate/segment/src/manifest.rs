@@ -8,7 +8,7 @@ use minicbor::bytes::ByteArray;
 use minicbor::{Decode, Encode};
 
 use crate::error::{at_most, plain_text};
-use crate::{CheckpointId, Epoch, FormatError, SegmentName, cbor, limits};
+use crate::{CheckpointId, Encryption, Epoch, FormatError, KeyId, SegmentName, cbor, limits};
 
 /// The number of an address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -109,6 +109,8 @@ pub struct Manifest {
     pub first_epoch: Option<Epoch>,
     /// What a person called it.
     pub label: Option<String>,
+    /// How its frames and records are encrypted, if they are.
+    pub encryption: Option<Encryption>,
 }
 
 impl Manifest {
@@ -183,6 +185,8 @@ impl Manifest {
             spaces: self.spaces.iter().map(SpaceWire::from).collect(),
             first_epoch: self.first_epoch.map(|epoch| epoch.0),
             label: self.label.as_deref(),
+            key: self.encryption.map(|encryption| encryption.key.0.into()),
+            salt: self.encryption.map(|encryption| encryption.salt.into()),
         };
         let bytes = minicbor::to_vec(&wire).map_err(|e| FormatError::invalid("manifest", e.to_string()))?;
         at_most(
@@ -209,6 +213,15 @@ impl Manifest {
             (Some(_), None) => return Err(FormatError::invalid("parent", "its checkpoint id is missing")),
             (None, Some(_)) => return Err(FormatError::invalid("parent", "its name is missing")),
         };
+        let encryption = match (wire.key, wire.salt) {
+            (None, None) => None,
+            (Some(key), Some(salt)) => Some(Encryption {
+                key: KeyId(key.into()),
+                salt: salt.into(),
+            }),
+            (Some(_), None) => return Err(FormatError::invalid("key", "its salt is missing")),
+            (None, Some(_)) => return Err(FormatError::invalid("salt", "its key is missing")),
+        };
         let manifest = Self {
             name: name("name", wire.name)?,
             checkpoint: CheckpointId(wire.checkpoint.into()),
@@ -219,6 +232,7 @@ impl Manifest {
             spaces: wire.spaces.iter().map(Space::from).collect(),
             first_epoch: wire.first_epoch.map(Epoch),
             label: wire.label.map(str::to_owned),
+            encryption,
         };
         manifest.validate()?;
         Ok(manifest)
@@ -254,6 +268,10 @@ struct Wire<'a> {
     first_epoch: Option<u64>,
     #[b(9)]
     label: Option<&'a str>,
+    #[n(10)]
+    key: Option<ByteArray<{ limits::KEY_ID_BYTES }>>,
+    #[n(11)]
+    salt: Option<ByteArray<{ limits::SALT_BYTES }>>,
 }
 
 #[derive(Encode, Decode)]

@@ -12,13 +12,15 @@
 
 use std::collections::HashMap;
 use std::io::{Seek, Write};
+use std::sync::Arc;
 
 use crate::encode::{Form, PageIn, is_zero, xor_into};
 use crate::frame::{FrameBuf, Page, PageCheck};
+use crate::limits::SALT_BYTES;
 use crate::same::SamePages;
 use crate::{
-    Digest, FormatError, FrameEncoder, Kind, Manifest, MergeError, PageIndex, ReadAt, SegmentReader,
-    SegmentWriter, Space, Summary, WriteError, digest, pages_per_frame,
+    Cipher, Digest, FormatError, FrameEncoder, Key, Kind, Manifest, MergeError, PageIndex, ReadAt,
+    SegmentReader, SegmentWriter, Space, Summary, WriteError, digest, pages_per_frame,
 };
 
 /// Writes `segments`, oldest first and each the parent of the next, as one segment.
@@ -28,13 +30,56 @@ use crate::{
 ///
 /// # Errors
 /// When there are none, when they are not a chain or differ in their spaces, when one cannot be read, and when
-/// the result cannot be written.
+/// the result cannot be written. [`MergeError::Plain`] when one is encrypted: see [`merge_encrypted`].
 pub fn merge<R: ReadAt, W: Write + Seek>(
     segments: &[SegmentReader<R>],
     out: W,
     level: i32,
 ) -> Result<(W, Summary), MergeError> {
     let manifest = merged_manifest(segments)?;
+    let encrypted = segments.iter().map(SegmentReader::manifest);
+    for input in encrypted {
+        if let Some(encryption) = input.encryption {
+            return Err(MergeError::Plain {
+                name: input.name.clone(),
+                key: encryption.key,
+            });
+        }
+    }
+    merge_as(segments, &manifest, None, out, level)
+}
+
+/// The same, and the result is encrypted with `key`, whether any of the segments is or not. Those that are have to be
+/// [open](SegmentReader::is_open).
+///
+/// `salt` is random, and for this result alone.
+///
+/// # Errors
+/// As [`merge`], but for [`MergeError::Plain`].
+pub fn merge_encrypted<R: ReadAt, W: Write + Seek>(
+    segments: &[SegmentReader<R>],
+    out: W,
+    level: i32,
+    key: &Key,
+    salt: [u8; SALT_BYTES],
+) -> Result<(W, Summary), MergeError> {
+    let mut manifest = merged_manifest(segments)?;
+    let cipher = key
+        .encrypt(&mut manifest, salt)
+        .map_err(|source| MergeError::Write {
+            name: manifest.name.clone(),
+            source: source.into(),
+        })?;
+    merge_as(segments, &manifest, Some(cipher), out, level)
+}
+
+fn merge_as<R: ReadAt, W: Write + Seek>(
+    segments: &[SegmentReader<R>],
+    manifest: &Manifest,
+    cipher: Option<Arc<Cipher>>,
+    out: W,
+    level: i32,
+) -> Result<(W, Summary), MergeError> {
     let write = |source| MergeError::Write {
         name: manifest.name.clone(),
         source,
@@ -43,9 +88,11 @@ pub fn merge<R: ReadAt, W: Write + Seek>(
         Some(newest) => newest.records().map_err(|source| read_error(newest, source))?,
         None => return Err(MergeError::Empty),
     };
+    let mut encoder = FrameEncoder::new(level);
+    encoder.set_cipher(cipher.clone());
     let mut output = Output {
-        writer: SegmentWriter::new(out, &manifest, &records).map_err(write)?,
-        encoder: FrameEncoder::new(level),
+        writer: SegmentWriter::with_cipher(out, manifest, &records, cipher).map_err(write)?,
+        encoder,
         full: manifest.kind.is_full(),
         pages: Vec::new(),
         data: Vec::new(),
@@ -79,6 +126,7 @@ fn merged_manifest<R: ReadAt>(segments: &[SegmentReader<R>]) -> Result<Manifest,
         kind: oldest.kind.clone(),
         links: oldest.links,
         first_epoch,
+        encryption: None,
         ..newest.clone()
     })
 }

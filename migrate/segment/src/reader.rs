@@ -3,12 +3,14 @@
 use std::fmt;
 use std::ops::Range;
 
-use crate::frame::{Frame, FrameBuf, Page, PageCheck};
+use crate::frame::{Frame, FrameBuf, Page, PageCheck, Reading};
 use crate::header::{Header, ROOT_COVERS, read_prefix};
 use crate::index::{self, FrameEntry, PageIndex};
-use crate::limits::HEADER_BYTES;
+use crate::limits::{HEADER_BYTES, INDEX_TAG_BYTES, TAG_BYTES};
 use crate::writer::Totals;
-use crate::{Digest, FormatError, Manifest, ReadAt, Record, Space, SpaceId, digest, records};
+use crate::{
+    Cipher, Digest, Features, FormatError, Keyring, Manifest, ReadAt, Record, Space, SpaceId, digest, records,
+};
 
 /// What a segment comes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,12 +55,27 @@ pub enum PageContent {
 
 /// A segment whose header, manifest, records and index were verified on opening. Frames are verified as they are
 /// read, so a page never comes out unverified.
+///
+/// What is in the frames and records of an encrypted one comes out only [with its key](Self::with_keys); all else needs
+/// none.
 pub struct SegmentReader<R: ReadAt> {
     source: R,
     header: Header,
     manifest: Manifest,
     index: Vec<FrameEntry>,
     records_digest: Digest,
+    encrypted: Option<Box<Encrypted>>,
+}
+
+/// What an encrypted segment is opened with.
+struct Encrypted {
+    /// The manifest's bytes.
+    manifest: Vec<u8>,
+    /// Of all that the index's tag is of.
+    all: Digest,
+    tag: [u8; INDEX_TAG_BYTES],
+    /// Once the key is there.
+    cipher: Option<Cipher>,
 }
 
 impl<R: ReadAt> fmt::Debug for SegmentReader<R> {
@@ -94,22 +111,80 @@ impl<R: ReadAt> SegmentReader<R> {
         let records_digest = hash_records(&source, &header, &mut root)?;
         let mut index = vec![0; header.index_bytes as usize];
         read(&source, "index", header.index_offset(), &mut index)?;
-        root.update(&index);
+        let entries = index.len() - tag_bytes(&header);
+        let (index, tag) = index.split_at(entries);
+        root.update(index);
+        let all = digest::finish(&root);
+        root.update(tag);
         if digest::finish(&root) != header.digest {
             return Err(FormatError::Digest {
                 what: "manifest, records or index".into(),
             });
         }
 
-        let manifest = Manifest::decode(&manifest)?;
-        let index = index::decode(&manifest, header.features_required, &index, header.body_bytes)?;
+        let manifest_bytes = manifest;
+        let manifest = Manifest::decode(&manifest_bytes)?;
+        if manifest.encryption.is_some() != header.features_required.has(Features::ENCRYPTED) {
+            let why = "manifest and header do not agree whether the segment is encrypted";
+            return Err(FormatError::invalid("key (manifest key 10)", why));
+        }
+        let index = index::decode(&manifest, header.features_required, index, header.body_bytes)?;
+        let encrypted = tag.first_chunk().map(|tag| {
+            Box::new(Encrypted {
+                manifest: manifest_bytes,
+                all,
+                tag: *tag,
+                cipher: None,
+            })
+        });
         Ok(Self {
             source,
             header,
             manifest,
             index,
             records_digest,
+            encrypted,
         })
+    }
+
+    /// Gives it the key that it is encrypted with, where that is among `keys`. What is not encrypted needs none, and what is
+    /// stays readable but for its frames and records.
+    ///
+    /// # Errors
+    /// [`FormatError::Forged`] when header, manifest, records or index are not what was written with that key.
+    pub fn with_keys(mut self, keys: &Keyring) -> Result<Self, FormatError> {
+        if let (Some(encrypted), Some(encryption)) = (&mut self.encrypted, self.manifest.encryption)
+            && let Some(key) = keys.get(encryption.key)
+        {
+            let name = self.manifest.name.clone();
+            let cipher = Cipher::new(key, encryption, name, &encrypted.manifest)?;
+            cipher.check_index(encrypted.all, encrypted.tag)?;
+            encrypted.cipher = Some(cipher);
+        }
+        Ok(self)
+    }
+
+    /// Whether frames and records can be read: they are not encrypted, or the key is there.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.encrypted
+            .as_ref()
+            .is_none_or(|encrypted| encrypted.cipher.is_some())
+    }
+
+    /// What decrypts it; none when it is not encrypted.
+    fn cipher(&self) -> Result<Option<&Cipher>, FormatError> {
+        let (Some(encrypted), Some(encryption)) = (&self.encrypted, self.manifest.encryption) else {
+            return Ok(None);
+        };
+        encrypted
+            .cipher
+            .as_ref()
+            .map(Some)
+            .ok_or_else(|| FormatError::NoKey {
+                segment: self.manifest.name.clone(),
+                key: encryption.key,
+            })
     }
 
     /// The header.
@@ -145,8 +220,19 @@ impl<R: ReadAt> SegmentReader<R> {
     /// Reads the records.
     ///
     /// # Errors
-    /// When they cannot be read, have changed since opening, or are not well formed.
+    /// When they cannot be read, have changed since opening, or are not well formed; [`FormatError::NoKey`].
     pub fn records(&self) -> Result<Vec<Record>, FormatError> {
+        let cipher = self.cipher()?;
+        let mut stored = self.stored_records()?;
+        if let Some(cipher) = cipher {
+            cipher.open_records(self.header.records_raw_bytes, &mut stored)?;
+            stored.truncate(stored.len().saturating_sub(TAG_BYTES));
+        }
+        records::decode(&stored, self.header.records_raw_bytes)
+    }
+
+    /// The records as they are stored, unchanged since opening.
+    fn stored_records(&self) -> Result<Vec<u8>, FormatError> {
         let mut stored = vec![0; self.header.records_stored_bytes as usize];
         read(&self.source, "records", self.header.records_offset(), &mut stored)?;
         if digest::finish(digest::records().update(&stored)) != self.records_digest {
@@ -154,7 +240,7 @@ impl<R: ReadAt> SegmentReader<R> {
                 what: "records".into(),
             });
         }
-        records::decode(&stored, self.header.records_raw_bytes)
+        Ok(stored)
     }
 
     /// Which frames have pages of `pages` in their range.
@@ -176,7 +262,7 @@ impl<R: ReadAt> SegmentReader<R> {
     /// Reads frame `i` into `buf`: verified, decompressed, its page table checked.
     ///
     /// # Errors
-    /// When there is no such frame, when it cannot be read, or when it is damaged or breaks a rule.
+    /// When there is no such frame, when it cannot be read, or when it is damaged or breaks a rule; [`FormatError::NoKey`].
     pub fn read_frame<'b>(&self, i: usize, buf: &'b mut FrameBuf) -> Result<Frame<'b>, FormatError> {
         let entry = self.load_frame(i, buf)?;
         if entry.same_pages > 0 {
@@ -194,16 +280,13 @@ impl<R: ReadAt> SegmentReader<R> {
             .index
             .get(i)
             .ok_or_else(|| bad(format!("the segment has {} frames", self.index.len())))?;
-        let space = self.space(entry.space)?;
-        let full = self.manifest.kind.is_full();
-        buf.load(
-            &self.source,
-            self.header.body_offset(),
-            i,
-            entry,
-            space.page_bytes,
-            full,
-        )?;
+        let reading = Reading {
+            body_offset: self.header.body_offset(),
+            page_bytes: self.space(entry.space)?.page_bytes,
+            full: self.manifest.kind.is_full(),
+            cipher: self.cipher()?,
+        };
+        buf.load(&self.source, i, entry, reading)?;
         Ok(entry)
     }
 
@@ -232,16 +315,26 @@ impl<R: ReadAt> SegmentReader<R> {
         })
     }
 
-    /// Reads and checks everything: the records and every frame.
+    /// Reads and checks everything: the records and every frame. Of what is encrypted, and the key is not there, it checks
+    /// that they are the bytes that were stored.
     ///
     /// # Errors
     /// The first thing that is not right.
     pub fn verify(&self) -> Result<Summary, FormatError> {
-        self.records()?;
+        let open = self.is_open();
+        if open {
+            self.records()?;
+        } else {
+            self.stored_records()?;
+        }
         let mut totals = Totals::default();
         let mut buf = FrameBuf::new();
         for (i, entry) in self.index.iter().enumerate() {
-            self.read_frame(i, &mut buf)?;
+            if open {
+                self.read_frame(i, &mut buf)?;
+            } else {
+                buf.load_stored(&self.source, i, entry, self.header.body_offset())?;
+            }
             totals.add(&self.manifest, entry);
         }
         Ok(totals.summary(&self.header))
@@ -251,6 +344,14 @@ impl<R: ReadAt> SegmentReader<R> {
         self.manifest
             .space(id)
             .ok_or_else(|| FormatError::invalid(format!("space {id}"), "it is not in the manifest"))
+    }
+}
+
+/// How long the tag behind the index is.
+fn tag_bytes(header: &Header) -> usize {
+    match header.features_required.has(Features::ENCRYPTED) {
+        true => INDEX_TAG_BYTES,
+        false => 0,
     }
 }
 

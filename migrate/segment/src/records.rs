@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use minicbor::{Decode, Decoder, Encode, Encoder};
 
 use crate::error::at_most;
-use crate::{FormatError, cbor, limits};
+use crate::{Cipher, FormatError, cbor, limits};
 
 /// The level records are compressed at: they are few and small.
 const LEVEL: i32 = 3;
@@ -30,8 +30,8 @@ pub(crate) struct StoredRecords {
     pub(crate) raw_bytes: u32,
 }
 
-/// Checks and compresses records.
-pub(crate) fn encode(records: &[Record]) -> Result<StoredRecords, FormatError> {
+/// Checks, compresses and, where there is a cipher, encrypts records.
+pub(crate) fn encode(records: &[Record], cipher: Option<&Cipher>) -> Result<StoredRecords, FormatError> {
     check(records.iter().map(|record| record.tag.as_str()))?;
     let payloads = records.iter().fold(0u64, |sum, record| {
         sum.saturating_add(record.payload.len() as u64)
@@ -44,21 +44,22 @@ pub(crate) fn encode(records: &[Record]) -> Result<StoredRecords, FormatError> {
         raw.len() as u64,
         limits::MAX_RECORDS_RAW_BYTES.into(),
     )?;
-    let bytes = zstd::bulk::compress(&raw, LEVEL).map_err(|source| FormatError::Zstd {
+    let mut bytes = zstd::bulk::compress(&raw, LEVEL).map_err(|source| FormatError::Zstd {
         action: "compress",
         what: "records".into(),
         source,
     })?;
+    // Below the limit, which is a u32.
+    let raw_bytes = raw.len() as u32;
+    if let Some(cipher) = cipher {
+        cipher.seal_records(raw_bytes, &mut bytes)?;
+    }
     at_most(
         || "stored records",
         bytes.len() as u64,
         limits::MAX_RECORDS_STORED_BYTES.into(),
     )?;
-    // Below the limit, which is a u32.
-    Ok(StoredRecords {
-        bytes,
-        raw_bytes: raw.len() as u32,
-    })
+    Ok(StoredRecords { bytes, raw_bytes })
 }
 
 fn write(

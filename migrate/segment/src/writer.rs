@@ -1,12 +1,15 @@
 //! Frames in, a segment file out.
 
 use std::io::{Seek, SeekFrom, Write};
+use std::sync::Arc;
 
-use crate::header::{Header, MAJOR, MINOR, ROOT_COVERS};
+use crate::header::{Header, MAJOR, ROOT_COVERS};
 use crate::index::IndexCheck;
-use crate::limits::HEADER_BYTES;
+use crate::limits::{HEADER_BYTES, INDEX_TAG_BYTES};
 use crate::records::{self, StoredRecords};
-use crate::{Digest, EncodedFrame, Features, FormatError, Manifest, Record, Summary, WriteError, digest};
+use crate::{
+    Cipher, Digest, EncodedFrame, Features, FormatError, Manifest, Record, Summary, WriteError, digest,
+};
 
 /// Writes one segment: the manifest and records first, then frames as they come, then the index; last the header,
 /// so that what was cut off has none. Frames are written in few large writes: `W` need not be buffered.
@@ -18,6 +21,7 @@ pub struct SegmentWriter<W: Write + Seek> {
     manifest: Manifest,
     manifest_bytes: Vec<u8>,
     records: StoredRecords,
+    cipher: Option<Arc<Cipher>>,
     check: IndexCheck,
     index: Vec<u8>,
     totals: Totals,
@@ -76,9 +80,33 @@ impl<W: Write + Seek> SegmentWriter<W> {
     ///
     /// # Errors
     /// When the manifest or the records break a rule, and when `out` cannot be written.
-    pub fn new(mut out: W, manifest: &Manifest, records: &[Record]) -> Result<Self, WriteError> {
+    pub fn new(out: W, manifest: &Manifest, records: &[Record]) -> Result<Self, WriteError> {
+        Self::with_cipher(out, manifest, records, None)
+    }
+
+    /// The same of a segment that is encrypted with `cipher`, if there is one: the one that was
+    /// [made for this manifest](crate::Key::encrypt). Its frames come from an encoder that
+    /// [has it](crate::FrameEncoder::set_cipher).
+    ///
+    /// # Errors
+    /// As [`Self::new`], and when manifest and cipher are not of each other.
+    pub fn with_cipher(
+        mut out: W,
+        manifest: &Manifest,
+        records: &[Record],
+        cipher: Option<Arc<Cipher>>,
+    ) -> Result<Self, WriteError> {
         let manifest_bytes = manifest.encode()?;
-        let records = records::encode(records)?;
+        let fits = match (&cipher, manifest.encryption) {
+            (Some(cipher), Some(_)) => cipher.is_of(&manifest_bytes),
+            (None, None) => true,
+            (Some(_), None) | (None, Some(_)) => false,
+        };
+        if !fits {
+            let why = "the manifest is not what the segment would be encrypted for";
+            return Err(FormatError::invalid("encryption", why).into());
+        }
+        let records = records::encode(records, cipher.as_deref())?;
         out.seek(SeekFrom::Start(0)).map_err(io("header"))?;
         out.write_all(&[0; HEADER_BYTES]).map_err(io("header"))?;
         out.write_all(&manifest_bytes).map_err(io("manifest"))?;
@@ -88,6 +116,7 @@ impl<W: Write + Seek> SegmentWriter<W> {
             manifest: manifest.clone(),
             manifest_bytes,
             records,
+            cipher,
             // Whatever the frames use is named when the header is written.
             check: IndexCheck::new(Features::KNOWN),
             index: Vec::new(),
@@ -98,9 +127,18 @@ impl<W: Write + Seek> SegmentWriter<W> {
     /// Appends a frame. Frames come in ascending order of space and page.
     ///
     /// # Errors
-    /// When the frame is out of order or does not fit the manifest, and when `out` cannot be written.
+    /// When the frame is out of order, does not fit the manifest or is not encrypted for this segment, and when `out` cannot
+    /// be written.
     pub fn push(&mut self, frame: EncodedFrame) -> Result<(), WriteError> {
-        let EncodedFrame { mut entry, bytes } = frame;
+        let EncodedFrame {
+            mut entry,
+            bytes,
+            encryption,
+        } = frame;
+        if encryption != self.manifest.encryption {
+            let why = "it is not encrypted as its segment is";
+            return Err(FormatError::invalid(format!("frame {}", self.totals.frames), why).into());
+        }
         entry.offset = self.check.body_bytes;
         if bytes.len() != entry.stored_bytes as usize {
             let why = format!("{} bytes, its entry says {}", bytes.len(), entry.stored_bytes);
@@ -118,11 +156,15 @@ impl<W: Write + Seek> SegmentWriter<W> {
     /// # Errors
     /// When `out` cannot be written.
     pub fn finish(mut self) -> Result<(W, Summary), WriteError> {
-        self.out.write_all(&self.index).map_err(io("index"))?;
-        let features = self.totals.features();
+        let mut features = self.totals.features();
+        let mut index_bytes = self.index.len();
+        if self.cipher.is_some() {
+            features = features.with(Features::ENCRYPTED);
+            index_bytes += INDEX_TAG_BYTES;
+        }
         let mut header = Header {
             major: MAJOR,
-            minor: if features == Features::NONE { 0 } else { MINOR },
+            minor: features.minor(),
             features_required: features,
             features_optional: 0,
             // Each was checked against its limit, which is a u32.
@@ -131,7 +173,7 @@ impl<W: Write + Seek> SegmentWriter<W> {
             records_raw_bytes: self.records.raw_bytes,
             frames: self.totals.frames,
             body_bytes: self.check.body_bytes,
-            index_bytes: self.index.len() as u64,
+            index_bytes: index_bytes as u64,
             digest: Digest([0; 32]),
         };
         let mut root = digest::root();
@@ -139,7 +181,13 @@ impl<W: Write + Seek> SegmentWriter<W> {
         root.update(&self.manifest_bytes)
             .update(&self.records.bytes)
             .update(&self.index);
+        if let Some(cipher) = &self.cipher {
+            let tag = cipher.index_tag(digest::finish(&root));
+            root.update(&tag);
+            self.index.extend_from_slice(&tag);
+        }
         header.digest = digest::finish(&root);
+        self.out.write_all(&self.index).map_err(io("index"))?;
         self.out.seek(SeekFrom::Start(0)).map_err(io("header"))?;
         self.out.write_all(&header.encode()).map_err(io("header"))?;
         self.out

@@ -197,6 +197,7 @@ pub(crate) fn manifest(
         spaces: spaces(),
         first_epoch: None,
         label: None,
+        encryption: None,
     }
 }
 
@@ -267,7 +268,17 @@ pub(crate) fn encode_to(
     name: &SegmentName,
     captured: &Captured,
 ) -> Result<(Stored, Summary), EncodeError> {
-    pool().encode_to_store(captured, &manifest(name, captured, None), store)
+    encode_to_parent(store, name, captured, None)
+}
+
+/// The same of a change of a parent.
+pub(crate) fn encode_to_parent(
+    store: &Arc<FsStore>,
+    name: &SegmentName,
+    captured: &Captured,
+    parent: Option<(&SegmentName, CheckpointId)>,
+) -> Result<(Stored, Summary), EncodeError> {
+    pool().encode_to_store(captured, &manifest(name, captured, parent), store)
 }
 
 /// A new machine's spaces.

@@ -78,6 +78,7 @@ pub fn other_bytes(
         spaces: vec![space.clone()],
         first_epoch: None,
         label: None,
+        encryption: None,
     };
     let record = Record {
         tag: "vcpu/0".into(),

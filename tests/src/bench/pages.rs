@@ -81,6 +81,7 @@ pub(crate) fn full(name: &SegmentName, bytes: &Bytes) -> (Captured, Manifest) {
         spaces: vec![space],
         first_epoch: None,
         label: None,
+        encryption: None,
     };
     (captured, manifest)
 }

@@ -41,6 +41,7 @@ pub(crate) fn full(epoch: u64, spaces: &[Space]) -> Manifest {
         spaces: spaces.to_vec(),
         first_epoch: None,
         label: None,
+        encryption: None,
     }
 }
 

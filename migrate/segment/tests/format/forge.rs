@@ -34,6 +34,8 @@ pub(crate) struct Parts {
     pub(crate) records: Vec<u8>,
     pub(crate) body: Vec<u8>,
     pub(crate) entries: Vec<[u8; ENTRY]>,
+    /// What is behind the entries: of one that is encrypted, the tag.
+    pub(crate) tag: Vec<u8>,
     /// Changes of the header after its lengths are set and before the digests are.
     pub(crate) patches: Vec<(usize, Vec<u8>)>,
 }
@@ -44,14 +46,15 @@ impl Parts {
         let (manifest, rest) = rest.split_at(u32_at(header, 32) as usize);
         let (records, rest) = rest.split_at(u32_at(header, 36) as usize);
         let (body, index) = rest.split_at(u64_at(header, 48) as usize);
-        let (entries, left) = index.as_chunks::<ENTRY>();
-        assert!(left.is_empty());
+        let (entries, tag) = index.as_chunks::<ENTRY>();
+        assert!(tag.is_empty() || tag.len() == 32);
         Self {
             header: *header,
             manifest: manifest.to_vec(),
             records: records.to_vec(),
             body: body.to_vec(),
             entries: entries.to_vec(),
+            tag: tag.to_vec(),
             patches: Vec::new(),
         }
     }
@@ -115,17 +118,12 @@ impl Parts {
         header[36..40].copy_from_slice(&(self.records.len() as u32).to_le_bytes());
         header[44..48].copy_from_slice(&(self.entries.len() as u32).to_le_bytes());
         header[48..56].copy_from_slice(&(self.body.len() as u64).to_le_bytes());
-        header[56..64].copy_from_slice(&((self.entries.len() * ENTRY) as u64).to_le_bytes());
+        let index_bytes = self.entries.len() * ENTRY + self.tag.len();
+        header[56..64].copy_from_slice(&(index_bytes as u64).to_le_bytes());
         for (at, bytes) in &self.patches {
             header[*at..at + bytes.len()].copy_from_slice(bytes);
         }
-        let covered = [
-            &header[..64],
-            &self.manifest,
-            &self.records,
-            self.entries.as_flattened(),
-        ]
-        .concat();
+        let covered = [self.covered(&header), self.tag.clone()].concat();
         header[64..96].copy_from_slice(&digest("understudy segment v1 root", &covered));
         let own = digest("understudy segment v1 header", &header[..96]);
         header[96..].copy_from_slice(&own);
@@ -140,8 +138,22 @@ impl Parts {
             &self.records,
             &self.body,
             self.entries.as_flattened(),
+            &self.tag,
         ]
         .concat()
+    }
+
+    /// What the tag behind the index is of, and the root digest but for that.
+    fn covered(&self, header: &[u8; HEADER]) -> Vec<u8> {
+        let entries = self.entries.as_flattened();
+        [&header[..64], &self.manifest, &self.records, entries].concat()
+    }
+
+    /// The tag that belongs behind the index, by who has the key.
+    pub(crate) fn index_tag(&self, key: &[u8; 32], salt: &[u8; 32]) -> Vec<u8> {
+        let index_key = digest("understudy segment v1 index key", &[*key, *salt].concat());
+        let all = digest("understudy segment v1 root", &self.covered(&self.seal_header()));
+        blake3::keyed_hash(&index_key, &all).as_bytes().to_vec()
     }
 
     /// What the crate says of it.

@@ -86,7 +86,21 @@ fn the_manifest_is_as_documented() {
 #[test]
 fn unknown_keys_are_skipped() {
     let nested = array(&[cbor("later"), map(&[(5, cbor(true))])]);
-    changed(&[(10, nested), (400, cbor(1u8))]).check().unwrap();
+    changed(&[(12, nested), (400, cbor(1u8))]).check().unwrap();
+}
+
+#[test]
+fn key_and_salt() {
+    let bytes = |n: u8| [vec![0x58, n], vec![7; n.into()]].concat();
+    for (changes, why) in [
+        (vec![(10, bytes(8))], "its salt is missing"),
+        (vec![(11, bytes(32))], "its key is missing"),
+        (vec![(10, bytes(7)), (11, bytes(32))], "decode manifest"),
+        (vec![(10, bytes(8)), (11, bytes(33))], "decode manifest"),
+        (vec![(10, cbor("12345678")), (11, bytes(32))], "decode manifest"),
+    ] {
+        assert_refused(&changed(&changes), why);
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod common;
 mod damage;
+mod encrypted;
 mod forge;
 mod forms;
 mod golden;
