@@ -20,6 +20,7 @@ pub mod detect;
 pub mod failover;
 pub mod global;
 pub mod image;
+pub mod keyfile;
 pub mod lease;
 pub mod load;
 mod mutex;

@@ -29,8 +29,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use segment::{
-    CheckpointId, FormatError, FrameBuf, FrameEntry, Manifest, PageCheck, PageIndex, ReadAt, Record, RunData,
-    SegmentName, SegmentReader, Space, SpaceId, xor_into,
+    CheckpointId, FormatError, FrameBuf, FrameEntry, KeyId, Keyring, Manifest, PageCheck, PageIndex, ReadAt,
+    Record, RunData, SegmentName, SegmentReader, Space, SpaceId, xor_into,
 };
 
 use crate::checkpoint::MAX_THREADS;
@@ -123,6 +123,8 @@ pub struct LoadPlan {
     manifest: Manifest,
     /// Links that are not open have to be where they are until they are loaded.
     reading: Option<Reading>,
+    /// For those too.
+    keys: Keyring,
 }
 
 impl LoadPlan {
@@ -148,6 +150,7 @@ impl LoadPlan {
                 }
                 Ok(mut plan) => {
                     plan.reading = store.reading();
+                    plan.keys = store.keys();
                     return Ok(plan);
                 }
                 Err(error) => return Err(error),
@@ -206,9 +209,17 @@ impl LoadPlan {
     /// # Errors
     /// When one is no segment, when they are not one whole chain, and as [`Self::new`].
     pub fn from_files(paths: &[PathBuf]) -> Result<Self, LoadError> {
+        Self::from_files_with(paths, &Keyring::default())
+    }
+
+    /// The same of files that may be encrypted with one of `keys`.
+    ///
+    /// # Errors
+    /// As [`Self::from_files`].
+    pub fn from_files_with(paths: &[PathBuf], keys: &Keyring) -> Result<Self, LoadError> {
         let mut by_name: HashMap<SegmentName, Link> = HashMap::new();
         for path in paths {
-            let link = open_file(path)?;
+            let link = open_file(path, keys)?;
             if let Some(first) = by_name.insert(link.entry.name.clone(), link) {
                 let (name, first) = (first.entry.name, first.path.unwrap_or_default());
                 return Err(LoadError::SameName {
@@ -233,7 +244,9 @@ impl LoadPlan {
                 tip,
             });
         }
-        Self::of_links(links.into_iter().map(Ok))
+        let mut plan = Self::of_links(links.into_iter().map(Ok))?;
+        plan.keys = keys.clone();
+        Ok(plan)
     }
 
     /// A chain whose segments are open where they are: the full one first.
@@ -278,6 +291,7 @@ impl LoadPlan {
                     links: vec![link],
                     manifest,
                     reading: None,
+                    keys: Keyring::default(),
                 });
                 continue;
             };
@@ -305,6 +319,17 @@ impl LoadPlan {
         &self.manifest
     }
 
+    /// A link that is encrypted with a key that is not there, and that key: it cannot be loaded then.
+    #[must_use]
+    pub fn missing_key(&self) -> Option<(&SegmentName, KeyId)> {
+        let closed = |link: &&Link| match &link.reader {
+            Some(reader) => !reader.is_open(),
+            None => link.entry.key.is_some_and(|key| self.keys.get(key).is_none()),
+        };
+        let link = self.links.iter().find(closed)?;
+        link.entry.key.map(|key| (&link.entry.name, key))
+    }
+
     /// The tip's address spaces.
     #[must_use]
     pub fn spaces(&self) -> &[Space] {
@@ -319,7 +344,7 @@ impl LoadPlan {
         let Some(tip) = self.links.first() else {
             return Err(LoadError::Nothing);
         };
-        with_reader(tip, |reader| {
+        with_reader(tip, &self.keys, |reader| {
             reader.records().map_err(|source| LoadError::Segment {
                 name: tip.entry.name.clone(),
                 source,
@@ -354,7 +379,9 @@ impl LoadPlan {
         };
         let mut buf = FrameBuf::new();
         for link in &self.links {
-            with_reader(link, |reader| load.link(&link.entry.name, reader, &mut buf))?;
+            with_reader(link, &self.keys, |reader| {
+                load.link(&link.entry.name, reader, &mut buf)
+            })?;
         }
         load.nothing_pending()?;
         Ok(load.counts.stats(self.links.len()))
@@ -368,10 +395,12 @@ fn not_whole(tip: &SegmentName, source: ChainError) -> LoadError {
 
 fn open_link(store: &FsStore, name: &SegmentName) -> Result<Link, LoadError> {
     let (file, _) = store.open_raw(name).map_err(LoadError::Store)?;
-    let reader = SegmentReader::open(Source::File(file)).map_err(|source| LoadError::Segment {
-        name: name.clone(),
-        source,
-    })?;
+    let reader = SegmentReader::open(Source::File(file))
+        .and_then(|reader| reader.with_keys(&store.keys()))
+        .map_err(|source| LoadError::Segment {
+            name: name.clone(),
+            source,
+        })?;
     // The file's own, not the index's: a store opened for reading may be behind.
     Ok(Link {
         path: Some(store.segment_path(name)),
@@ -380,15 +409,17 @@ fn open_link(store: &FsStore, name: &SegmentName) -> Result<Link, LoadError> {
     })
 }
 
-fn open_file(path: &Path) -> Result<Link, LoadError> {
+fn open_file(path: &Path, keys: &Keyring) -> Result<Link, LoadError> {
     let file = crate::regular::open(path).map_err(|source| LoadError::Open {
         path: path.to_owned(),
         source,
     })?;
-    let reader = SegmentReader::open(Source::File(file)).map_err(|source| LoadError::File {
-        path: path.to_owned(),
-        source,
-    })?;
+    let reader = SegmentReader::open(Source::File(file))
+        .and_then(|reader| reader.with_keys(keys))
+        .map_err(|source| LoadError::File {
+            path: path.to_owned(),
+            source,
+        })?;
     Ok(Link {
         path: Some(path.to_owned()),
         entry: Entry::of(&reader),
@@ -399,6 +430,7 @@ fn open_file(path: &Path) -> Result<Link, LoadError> {
 /// Calls `f` with the link's reader, opening it when it is not.
 fn with_reader<R>(
     link: &Link,
+    keys: &Keyring,
     f: impl FnOnce(&SegmentReader<Source>) -> Result<R, LoadError>,
 ) -> Result<R, LoadError> {
     if let Some(reader) = &link.reader {
@@ -407,7 +439,7 @@ fn with_reader<R>(
     let Some(path) = &link.path else {
         return Err(LoadError::Nothing);
     };
-    let again = open_file(path)?;
+    let again = open_file(path, keys)?;
     match &again.reader {
         Some(reader) if again.entry == link.entry => f(reader),
         Some(_) | None => Err(LoadError::Changed {

@@ -49,6 +49,8 @@ pub enum Lack {
     },
     /// A device or a name that must be bound, in words.
     Device(String),
+    /// The key that a link of the chain is encrypted with, in words. What else is lacking is not known then.
+    Key(String),
 }
 
 impl std::fmt::Display for Lack {
@@ -78,6 +80,7 @@ impl std::fmt::Display for Lack {
                 available >> 20
             ),
             Self::Device(what) => write!(f, "device: {what}"),
+            Self::Key(what) => write!(f, "key: {what}"),
         }
     }
 }

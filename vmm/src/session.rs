@@ -18,7 +18,7 @@ use migrate::shipper::{ShipStatus, Shipper, ShipperConfig};
 use migrate::spool::{Position, Spool};
 use migrate::store::{ChainError, Durability, FsStore, StoreError};
 use migrate::transport::IdentityArgs;
-use segment::{Generation, SegmentName, Space, VmId};
+use segment::{Generation, Keyring, SegmentName, Space, VmId};
 use tokio::sync::{mpsc, watch};
 
 use crate::boot::BootSource;
@@ -76,6 +76,8 @@ pub struct SessionConfig {
     pub trust: IdentityArgs,
     /// The user is certain that a restore under the VM's own name is not a second copy of it.
     pub second_copy: bool,
+    /// What its checkpoints are encrypted with, and those it is restored from.
+    pub keys: Keyring,
 }
 
 /// What a restore starts from.
@@ -326,6 +328,12 @@ impl Session {
     ) -> Result<(SegmentName, Vec<Lack>), SessionError> {
         let plan = load_plan(config, from)?;
         let name = plan.manifest().name.clone();
+        if let Some((link, key)) = plan.missing_key() {
+            // What else it needs is encrypted.
+            let why =
+                format!("{key}, which {link} is encrypted with: name the file that has it (--key-file)");
+            return Ok((name, vec![Lack::Key(why)]));
+        }
         let saved = state::from_records(&plan.records()?).map_err(|source| SessionError::State {
             name: name.clone(),
             source,
@@ -827,6 +835,7 @@ fn open_store(config: &SessionConfig, memory_bytes: u64) -> Result<Arc<FsStore>,
         None => (Durability::Durable, None),
     };
     let store = FsStore::open(&config.store, config.store_budget.or(usual), durability)?;
+    store.set_keys(config.keys.clone());
     sole::check_own(config, &store)?;
     Ok(store)
 }
@@ -865,7 +874,7 @@ async fn own(
 
 fn load_plan(config: &SessionConfig, from: &RestoreFrom) -> Result<LoadPlan, SessionError> {
     match from {
-        RestoreFrom::Files(paths) => Ok(LoadPlan::from_files(paths)?),
+        RestoreFrom::Files(paths) => Ok(LoadPlan::from_files_with(paths, &config.keys)?),
         RestoreFrom::Image { dir, segment, .. } => {
             let store = FsStore::open_chain(dir, &segment.vm, Some(segment))?;
             plan_from(config, &store, Some(segment))
@@ -875,7 +884,7 @@ fn load_plan(config: &SessionConfig, from: &RestoreFrom) -> Result<LoadPlan, Ses
             let remote = Bucket::open(place).and_then(Remote::new).map_err(failed)?;
             let found = Found::Name(segment.clone());
             let chain = remote.find(&segment.vm, found).map_err(failed)?;
-            Ok(remote.plan(&chain)?)
+            Ok(remote.plan(&chain, &config.keys)?)
         }
         RestoreFrom::Store { dir, segment, .. } => {
             let vm = segment.as_ref().map_or(&config.name, |name| &name.vm);
@@ -897,6 +906,7 @@ fn plan_from(
     store: &FsStore,
     segment: Option<&SegmentName>,
 ) -> Result<LoadPlan, SessionError> {
+    store.set_keys(config.keys.clone());
     let tip = match segment {
         Some(name) => name.clone(),
         None => store

@@ -262,7 +262,7 @@ async fn status(inner: &Arc<Inner>) -> AgentStatus {
         connections: inner.connections.load(Ordering::Relaxed),
         registry_problem,
         keep: Some(inner.housekeeper.default_policy().to_string()),
-        store_problem: inner.housekeeper.problem(),
+        store_problem: inner.housekeeper.problem().or_else(|| unmergeable(&inner.store)),
         verified_unix_s: inner.housekeeper.checked_at(),
         global: inner.global.as_ref().map(global::Global::status),
     }
@@ -324,6 +324,18 @@ pub(super) fn brief(store: &FsStore, entry: &Entry) -> SegmentBrief {
     with_links(entry, u32::try_from(links).unwrap_or(u32::MAX))
 }
 
+/// What is not merged for want of a key.
+fn unmergeable(store: &FsStore) -> Option<String> {
+    let vms = store.unmergeable();
+    let all: Vec<String> = vms.iter().map(|(vm, key)| format!("{vm} (key {key})")).collect();
+    (!all.is_empty()).then(|| {
+        format!(
+            "links are not merged that are encrypted with a key which is not here (`standby serve --key-file`): of {}",
+            all.join(", ")
+        )
+    })
+}
+
 fn show(store: &FsStore, name: &segment::SegmentName) -> Result<SegmentDetail, StoreError> {
     let reader = store.open_segment(name)?;
     let damaged = |source| StoreError::Damaged {
@@ -340,11 +352,17 @@ fn show(store: &FsStore, name: &segment::SegmentName) -> Result<SegmentDetail, S
         pages: s.pages,
     });
     let incomplete = store.chain(name).err().map(|e| e.to_string());
+    // How many there are is encrypted as they are.
+    let records = match reader.is_open() {
+        true => reader.records().map_err(damaged)?.len() as u64,
+        false => 0,
+    };
     Ok(SegmentDetail {
         segment: brief(store, &entry),
         producer: manifest.producer.clone(),
         spaces: spaces.collect(),
-        records: reader.records().map_err(damaged)?.len() as u64,
+        records,
+        key: entry.key.map(|key| key.to_string()),
         frames: index.len() as u64,
         first_epoch: manifest.first_epoch.map(|e| e.0),
         incomplete,

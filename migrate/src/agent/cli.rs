@@ -18,6 +18,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::systemd::Systemd;
 use super::{Agent, AgentConfig, AgentError, HotStandby, Housekeeping, Offer, VmPattern, view};
 use crate::ca::{CaCommand, CaError};
+use crate::keyfile::{KeyCommand, KeyFileArgs, KeyFileError};
 use crate::placement::LabelRule;
 use crate::protect::DEFAULT_MAX_LINKS;
 use crate::registry::{EtcdAccess, NodeRecord, Registry, RegistryAddr, RegistryError, Role, VmRecord};
@@ -59,6 +60,9 @@ enum Command {
     /// Make certificates for the nodes of a cluster.
     #[command(subcommand)]
     Ca(CaCommand),
+    /// Make and rotate the keys that segments are encrypted with.
+    #[command(subcommand)]
+    Key(KeyCommand),
     /// List the segments an agent holds; of one VM: its restore points.
     Ls {
         /// Only those of this VM.
@@ -234,6 +238,8 @@ struct ServeArgs {
     etcd_password_file: Option<PathBuf>,
     #[command(flatten)]
     global: global::Global,
+    #[command(flatten)]
+    keys: KeyFileArgs,
     /// Where to answer `GET /metrics` (OpenMetrics text, plain HTTP, for everyone who reaches it) [default: nowhere].
     #[arg(long, value_name = "HOST:PORT")]
     metrics: Option<String>,
@@ -281,6 +287,8 @@ enum CliError {
     #[error(transparent)]
     Ca(#[from] CaError),
     #[error(transparent)]
+    Keys(#[from] KeyFileError),
+    #[error(transparent)]
     Call(#[from] CallError),
     #[error(transparent)]
     Registry(#[from] RegistryError),
@@ -327,6 +335,10 @@ impl Cli {
             print(&command.run()?);
             return Ok(());
         }
+        if let Command::Key(command) = self.command {
+            print(&command.run()?);
+            return Ok(());
+        }
         if let Command::Serve(args) = self.command {
             return serve(*args, &self.identity).await;
         }
@@ -335,7 +347,7 @@ impl Cli {
             identity: self.identity.identity("standby")?,
         };
         match self.command {
-            Command::Serve(_) | Command::Ca(_) => Ok(()),
+            Command::Serve(_) | Command::Ca(_) | Command::Key(_) => Ok(()),
             Command::Ls { vm, global, json } => ls(&agent, vm, global, json).await,
             Command::Keep(keep) => keep.run(&agent).await,
             Command::Explain(explain) => explain.run(&agent).await,
@@ -452,6 +464,7 @@ async fn serve(args: ServeArgs, identity: &IdentityArgs) -> Result<(), CliError>
         },
         global: args.global.options(),
         metrics: args.metrics,
+        key_file: args.keys.key_file,
     };
     let agent = Agent::start(config).await?;
     // For scripts that wait for it, and that let the system choose the port.
@@ -465,7 +478,10 @@ async fn serve(args: ServeArgs, identity: &IdentityArgs) -> Result<(), CliError>
         tokio::select! {
             _ = term.recv() => break,
             _ = int.recv() => break,
-            _ = hangup.recv() => own.reload(),
+            _ = hangup.recv() => {
+                own.reload();
+                agent.reload_keys();
+            }
             () = systemd.next_sign() => systemd.say("WATCHDOG=1"),
         }
     }

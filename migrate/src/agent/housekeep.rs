@@ -146,6 +146,11 @@ impl Housekeeper {
         self.config.keep
     }
 
+    /// Looks at every VM anew.
+    pub(super) fn look_again(&self) {
+        lock(&self.settled).clear();
+    }
+
     /// Ends the background work that is under way.
     pub(super) fn stop(&self) {
         self.collect_pace.stop();

@@ -54,13 +54,14 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use crate::keyfile::{self, KeyFileError};
 use crate::registry::{
     AccessError, Embedded, Etcd, EtcdAccess, NodeRecord, OpenError, Registry, RegistryAddr, RegistryError,
     Remote, Role, random_id, recall,
 };
 use crate::store::{Durability, FsStore, Pace, StoreError};
 use crate::transport::certificate::{MAX_NODE_NAME_BYTES, is_node_name};
-use crate::transport::{CertRole, Identity, Peer, TransportError};
+use crate::transport::{CertRole, Identity, Peer, TransportError, in_full};
 use crate::wire::Welcome;
 use authority::{Asked, Denied, Owner, authorise, to_have_as_committed, whose};
 use member::Member;
@@ -125,6 +126,9 @@ pub struct AgentConfig {
     pub global: Option<GlobalOptions>,
     /// Where its metrics are to be had, HOST:PORT; nowhere when absent.
     pub metrics: Option<String>,
+    /// The file with the keys of what it folds, keeps images of and takes over; without one it can do none of that with
+    /// what is encrypted, and all else.
+    pub key_file: Option<PathBuf>,
 }
 
 /// Why an agent did not start.
@@ -171,6 +175,9 @@ pub enum AgentError {
         #[source]
         source: io::Error,
     },
+    /// The key file cannot be used.
+    #[error(transparent)]
+    Keys(#[from] KeyFileError),
     /// The store cannot be opened.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -227,6 +234,7 @@ struct Inner {
     copying: Pace,
     global: Option<global::Global>,
     metrics: metrics::Metrics,
+    key_file: Option<PathBuf>,
     stop: watch::Receiver<bool>,
 }
 
@@ -274,6 +282,7 @@ impl Agent {
             drill_every,
             global,
             metrics,
+            key_file,
         } = config;
         let name = identity.name().to_owned();
         check_name(&name)?;
@@ -282,12 +291,17 @@ impl Agent {
             path: data.clone(),
             source,
         };
+        let keys = keyfile::KeyFileArgs {
+            key_file: key_file.clone(),
+        };
+        let keys = keys.keys()?;
         fs::create_dir_all(&data).map_err(usable)?;
         // The store's lock comes first: it keeps a second agent away from all that is in DATA.
         let store = {
             let dir = data.join("store");
             blocking(move || FsStore::open(&dir, budget, Durability::Durable)).await?
         };
+        store.set_keys(keys);
         for damaged in store.damaged() {
             tracing::error!(file = %damaged.path.display(), why = %damaged.why, "a stored segment is damaged: set aside");
         }
@@ -362,6 +376,7 @@ impl Agent {
             copying,
             global: global.map(|options| global::Global::new(options, max_links, rate)),
             metrics: metrics::Metrics::new(lease_ttl),
+            key_file,
             stop: stopped,
         });
         inner.metrics.joined(lease.is_some());
@@ -421,6 +436,23 @@ impl Agent {
     #[must_use]
     pub fn store(&self) -> &Arc<FsStore> {
         &self.inner.store
+    }
+
+    /// Reads the key file again; one that cannot be read is told in the log, and the keys stay as they were.
+    pub fn reload_keys(&self) {
+        let Some(path) = &self.inner.key_file else { return };
+        match keyfile::read(path) {
+            Ok(keys) => {
+                tracing::info!(file = %path.display(), keys = keys.keys().len(), "the key file was read again");
+                self.inner.store.set_keys(keys);
+                // What could not be merged for want of a key may be now.
+                self.inner.housekeeper.look_again();
+            }
+            Err(error) => {
+                let error = in_full(&error);
+                tracing::error!(%error, "the key file cannot be used: the keys stay as they were");
+            }
+        }
     }
 
     /// Ends the connections and releases the port and the store; VMs it started go on.

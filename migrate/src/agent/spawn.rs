@@ -83,6 +83,9 @@ pub(super) fn command(inner: &Inner, vmm: &Path, name: &str, tip: &SegmentName) 
         .arg(inner.data.join("store"))
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
+    if let Some(keys) = &inner.key_file {
+        command.arg("--key-file").arg(keys);
+    }
     // The keys to the global store are this agent's, and no business of a process that has a guest.
     for (name, _) in std::env::vars_os() {
         if name.as_encoded_bytes().starts_with(b"AWS_") {

@@ -255,10 +255,15 @@ pub(super) fn segment(detail: &SegmentDetail) -> String {
         line("label", label);
     }
     line("producer", &detail.producer);
-    line(
-        "content",
-        &format!("{} records, {} frames", detail.records, detail.frames),
-    );
+    let counted = format!("{} records, {} frames", detail.records, detail.frames);
+    match (&detail.key, detail.records) {
+        // A checkpoint of a VM has records: they are not counted where the key is not.
+        (Some(_), 0) => line("content", &format!("{} frames", detail.frames)),
+        (Some(_) | None, _) => line("content", &counted),
+    }
+    if let Some(key) = &detail.key {
+        line("encrypted", &format!("with key {key}"));
+    }
     for space in &detail.spaces {
         let bytes = space.pages.saturating_mul(space.page_bytes.into());
         line(

@@ -11,13 +11,14 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use segment::{
-    CheckpointId, EncodedFrame, Form, FormatError, FrameEncoder, Kind, Manifest, PageIn, PageIndex,
+    CheckpointId, Cipher, EncodedFrame, Form, FormatError, FrameEncoder, Kind, Manifest, PageIn, PageIndex,
     SamePages, SegmentName, SegmentWriter, SpaceId, Summary, WriteError, pages_per_frame, sample,
 };
 
 use super::cache::DeltaCache;
 use super::ordered::ordered;
 use super::{Captured, CapturedPages};
+use crate::keyfile::random_salt;
 use crate::store::{FsStore, StoreError, Stored};
 
 /// Frames a thread may be ahead of the writer.
@@ -164,7 +165,7 @@ impl EncodePool {
         self.level.store(level, Ordering::Relaxed);
     }
 
-    /// Writes `captured` as the segment that `manifest` describes, from the start of `out`.
+    /// Writes `captured` as the segment that `manifest` describes, from the start of `out`. It is not encrypted.
     ///
     /// # Errors
     /// [`EncodeError::Malformed`] when they do not fit each other, [`EncodeError::Segment`] when `out` cannot be
@@ -175,11 +176,21 @@ impl EncodePool {
         manifest: &Manifest,
         out: W,
     ) -> Result<(W, Summary), EncodeError> {
+        self.encode_with(captured, manifest, None, out)
+    }
+
+    fn encode_with<W: Write + Seek>(
+        &self,
+        captured: &Captured,
+        manifest: &Manifest,
+        cipher: Option<&Arc<Cipher>>,
+        out: W,
+    ) -> Result<(W, Summary), EncodeError> {
         let batches = batches(captured, manifest).map_err(|why| EncodeError::Malformed {
             name: manifest.name.clone(),
             why,
         })?;
-        self.write(captured, manifest, &batches, out)
+        self.write(captured, manifest, cipher, &batches, out)
             .map_err(|source| EncodeError::Segment {
                 name: manifest.name.clone(),
                 source,
@@ -190,10 +201,11 @@ impl EncodePool {
         &self,
         captured: &Captured,
         manifest: &Manifest,
+        cipher: Option<&Arc<Cipher>>,
         batches: &[Batch<'_>],
         out: W,
     ) -> Result<(W, Summary), WriteError> {
-        let mut writer = SegmentWriter::new(out, manifest, &captured.records)?;
+        let mut writer = SegmentWriter::with_cipher(out, manifest, &captured.records, cipher.cloned())?;
         let cache = self.cache.read().unwrap_or_else(PoisonError::into_inner);
         let cache = parent(manifest)
             .filter(|parent| cache.is_at(*parent))
@@ -208,7 +220,7 @@ impl EncodePool {
             None => Ok(()),
         };
         if self.threads == 1 || batches.len() <= INLINE_FRAMES {
-            let mut encoder = self.lend();
+            let mut encoder = self.lend(cipher);
             for i in 0..batches.len() {
                 let sources = prepare(i);
                 push(work(&mut encoder, i, sources))?;
@@ -218,7 +230,7 @@ impl EncodePool {
                 batches.len(),
                 self.threads,
                 self.threads * WINDOW_PER_THREAD,
-                || self.lend(),
+                || self.lend(cipher),
                 prepare,
                 work,
                 push,
@@ -227,7 +239,8 @@ impl EncodePool {
         writer.finish()
     }
 
-    /// Writes `captured` into `store`. When it fails nothing of it stays there.
+    /// Writes `captured` into `store`, encrypted with the first of the [store's keys](FsStore::set_keys) if it has any. When it
+    /// fails nothing of it stays there.
     ///
     /// # Errors
     /// As [`Self::encode`], and [`EncodeError::Store`]: no room, fenced, the name taken.
@@ -238,14 +251,27 @@ impl EncodePool {
         store: &Arc<FsStore>,
     ) -> Result<(Stored, Summary), EncodeError> {
         let mut incoming = store.begin_growing(&manifest.name).map_err(EncodeError::Store)?;
+        let mut manifest = manifest.clone();
+        let cipher = match store.keys().first() {
+            None => None,
+            Some(key) => match key.encrypt(&mut manifest, random_salt()) {
+                Ok(cipher) => Some(cipher),
+                Err(source) => {
+                    return Err(EncodeError::Segment {
+                        name: manifest.name,
+                        source: source.into(),
+                    });
+                }
+            },
+        };
         let encoded = self
-            .encode(captured, manifest, &mut incoming)
+            .encode_with(captured, &manifest, cipher.as_ref(), &mut incoming)
             .map(|(_, summary)| summary);
         match encoded {
             Ok(summary) => {
                 let stored = incoming.commit_written(&summary).map_err(EncodeError::Store)?;
                 // Only now: as long as it may fail, the next delta is on the checkpoint before.
-                self.stored(captured, manifest);
+                self.stored(captured, &manifest);
                 Ok((stored, summary))
             }
             // The store's own words, when it was the store that refused a write.
@@ -260,15 +286,13 @@ impl EncodePool {
         cache.stored(captured, parent(manifest));
     }
 
-    fn lend(&self) -> Lent<'_> {
+    fn lend(&self, cipher: Option<&Arc<Cipher>>) -> Lent<'_> {
         let level = self.level.load(Ordering::Relaxed);
         let kept = self.encoders.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let mut encoder = kept.unwrap_or_else(|| FrameEncoder::new(level));
         encoder.set_level(level);
-        Lent {
-            pool: self,
-            encoder: Some(encoder),
-        }
+        encoder.set_cipher(cipher.cloned());
+        Lent { pool: self, encoder }
     }
 }
 
@@ -307,20 +331,22 @@ impl Planner<'_> {
 /// An encoder that goes back to its pool.
 struct Lent<'a> {
     pool: &'a EncodePool,
-    encoder: Option<FrameEncoder>,
+    encoder: FrameEncoder,
 }
 
 impl Lent<'_> {
     fn get(&mut self) -> &mut FrameEncoder {
-        let level = self.pool.level.load(Ordering::Relaxed);
-        self.encoder.get_or_insert_with(|| FrameEncoder::new(level))
+        &mut self.encoder
     }
 }
 
 impl Drop for Lent<'_> {
     fn drop(&mut self) {
+        let level = self.pool.level.load(Ordering::Relaxed);
+        let mut encoder = std::mem::replace(&mut self.encoder, FrameEncoder::new(level));
+        encoder.set_cipher(None);
         let mut kept = self.pool.encoders.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.extend(self.encoder.take());
+        kept.push(encoder);
     }
 }
 

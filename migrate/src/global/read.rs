@@ -9,7 +9,7 @@ use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
-use segment::{Digest, Manifest, ReadAt, SegmentName, SegmentReader, VmId};
+use segment::{Digest, Keyring, Manifest, ReadAt, SegmentName, SegmentReader, VmId};
 use tokio::runtime::Runtime;
 
 use super::bucket::part_bytes;
@@ -134,11 +134,11 @@ impl Remote {
         })
     }
 
-    /// The chain, ready to be loaded. Nothing but headers, manifests, records and indices was read.
+    /// The chain, ready to be loaded with `keys`. Nothing but headers, manifests, records and indices was read.
     ///
     /// # Errors
     /// When a link is damaged, or is not the one that the point names.
-    pub fn plan(&self, chain: &ChainRecord) -> Result<LoadPlan, LoadError> {
+    pub fn plan(&self, chain: &ChainRecord, keys: &Keyring) -> Result<LoadPlan, LoadError> {
         let links = chain.links();
         let next = AtomicUsize::new(0);
         // By the threads that open them, each its own.
@@ -152,7 +152,7 @@ impl Remote {
                     return;
                 }
                 let below = i.checked_sub(1).map(|i| &links[i]);
-                match self.open(&links[i], below) {
+                match self.open(&links[i], below, keys) {
                     Ok(reader) => lock(&opened)[i] = Some(reader),
                     Err(error) => {
                         lock(&failed).get_or_insert(error);
@@ -178,9 +178,11 @@ impl Remote {
         &self,
         link: &LinkRecord,
         below: Option<&LinkRecord>,
+        keys: &Keyring,
     ) -> Result<SegmentReader<Source>, LoadError> {
-        let reader =
-            SegmentReader::open(Source::Remote(self.file(link))).map_err(|source| LoadError::Segment {
+        let reader = SegmentReader::open(Source::Remote(self.file(link)))
+            .and_then(|reader| reader.with_keys(keys))
+            .map_err(|source| LoadError::Segment {
                 name: link.name.clone(),
                 source,
             })?;

@@ -443,6 +443,36 @@ fn a_record_is_checked_before_it_is_believed() {
 }
 
 #[test]
+fn what_is_encrypted_is_uploaded_as_it_is_and_restored_with_its_key() {
+    use crate::store::fixture::{Fresh, Machine, encode_to};
+    use segment::{Key, Keyring};
+    let keys = Keyring::new(vec![Key::new([1; 32].into())]);
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    store.set_keys(keys.clone());
+    let mut machine = Machine::new();
+    machine.write(0, 3, 3);
+    encode_to(&store, &name("web/1/1"), &machine.capture_now(true)).unwrap();
+    // Whoever uploads and checks has no key.
+    store.set_keys(Keyring::default());
+    let (bucket, _) = bucket();
+    let runtime = runtime();
+    runtime.block_on(up(&bucket, &store, "web/1/1")).unwrap();
+    assert_eq!(runtime.block_on(all_whole(&bucket)), [name("web/1/1")]);
+    let remote = Remote::new(bucket).unwrap();
+    let chain = remote.find(&vm("web"), Found::Newest).unwrap();
+    let fresh = Fresh::new();
+    remote.plan(&chain, &keys).unwrap().load_into(&fresh, 2).unwrap();
+    assert!(fresh.into_bytes() == machine.at_capture);
+    let without = remote.plan(&chain, &Keyring::default()).unwrap();
+    assert_eq!(
+        without.missing_key().map(|(link, _)| link.clone()),
+        Some(name("web/1/1"))
+    );
+    without.records().unwrap_err();
+}
+
+#[test]
 fn a_restore_reads_only_what_newer_links_leave_open() {
     use crate::load::LoadPlan;
     use crate::store::fixture::Fresh;
@@ -455,7 +485,7 @@ fn a_restore_reads_only_what_newer_links_leave_open() {
     let loaded = runtime.block_on(async {
         let remote = Remote::new(bucket.clone()).unwrap();
         let chain = remote.find(&vm("web"), Found::Newest).unwrap();
-        let plan: LoadPlan = remote.plan(&chain).unwrap();
+        let plan: LoadPlan = remote.plan(&chain, &segment::Keyring::default()).unwrap();
         let fresh = Fresh::new();
         let stats = plan.load_into(&fresh, 4).unwrap();
         assert_eq!(stats.segments, 5);

@@ -36,6 +36,7 @@ fn entry(epoch: u64, parent: Option<u64>, bytes: u64) -> Entry {
         created_unix_ns: epoch,
         first_epoch: None,
         label: None,
+        key: None,
     }
 }
 

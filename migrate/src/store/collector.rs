@@ -7,11 +7,11 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use segment::{SegmentName, VmId};
+use segment::{KeyId, SegmentName, VmId};
 
 use super::collect::{CollectAction, CollectRules, plan_collect};
 use super::merge::Others;
-use super::{FsStore, KeepPolicy, Lineage, Pace, StoreError, lock};
+use super::{Entry, FsStore, KeepPolicy, Lineage, Pace, StoreError, lock};
 
 /// Rounds of one call: a bound for a store in which nothing ever fits.
 const MAX_ROUNDS: usize = 1000;
@@ -62,7 +62,8 @@ impl FsStore {
     }
 
     /// Drops and merges of `vm` what neither `policy` nor `pinned`, a lease or a reader needs. The newest complete
-    /// checkpoint and what came after it always stay.
+    /// checkpoint and what came after it always stay. What is encrypted with a key that is not here is dropped as anything,
+    /// and never merged.
     ///
     /// # Errors
     /// What the disk says, and when a segment to be merged is damaged. What was not done is done by a later call.
@@ -123,7 +124,30 @@ impl FsStore {
             max_links: options.max_links,
             short_of_room: options.short_of_room,
         };
-        plan_collect(&lineage, &rules)
+        let mut actions = plan_collect(&lineage, &rules);
+        let missing = self.missing_key(&lineage, &actions);
+        match missing {
+            None => drop(lock(&self.unmergeable).remove(vm)),
+            Some(key) => {
+                // It stays as it is: whoever has the key can merge it.
+                actions.clear();
+                if lock(&self.unmergeable).insert(vm.clone(), key) != Some(key) {
+                    tracing::info!(%vm, %key, "links that are encrypted are not merged: their key is not here");
+                }
+            }
+        }
+        actions
+    }
+
+    /// The key that the plan's merge needs and that is not here.
+    fn missing_key(&self, lineage: &Lineage, actions: &[CollectAction]) -> Option<KeyId> {
+        let keys = self.keys();
+        let Some(CollectAction::Merge(run)) = actions.last() else {
+            return None;
+        };
+        let missing = |entry: &&Entry| entry.key.is_some_and(|key| keys.get(key).is_none());
+        let mut closed = lineage.entries().iter().filter(missing);
+        closed.find(|entry| run.contains(&entry.name))?.key
     }
 
     /// Drops, in order; whether any could be.

@@ -159,6 +159,17 @@ pub enum StoreError {
     /// A merge of nothing.
     #[error("no segments were named to be merged")]
     NothingToMerge,
+    /// What is to be merged is encrypted, and the key is not here.
+    #[error(
+        "{name} cannot be merged: it is encrypted with key {key}, which is not among the keys here. Name the file that has \
+         it (--key-file)"
+    )]
+    NoKey {
+        /// The segment.
+        name: SegmentName,
+        /// The key.
+        key: segment::KeyId,
+    },
     /// The segments given are not one run of links.
     #[error("cannot merge {first} to {last}: {why}")]
     NotARun {

@@ -133,8 +133,9 @@ impl Incoming {
     }
 
     fn open_at(&self, pace: &Pace) -> Result<SegmentReader<Paced<&File>>, StoreError> {
-        let reader =
-            SegmentReader::open(pace.of(self.temp.file())).map_err(|source| StoreError::Damaged {
+        let reader = SegmentReader::open(pace.of(self.temp.file()))
+            .and_then(|reader| reader.with_keys(&self.store.keys()))
+            .map_err(|source| StoreError::Damaged {
                 name: self.name.clone(),
                 source,
             })?;

@@ -10,11 +10,12 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::sync::Arc;
 
-use segment::{ReadAt, SegmentName, SegmentReader};
+use segment::{Keyring, ReadAt, SegmentName, SegmentReader};
 
 use super::incoming::{Incoming, Quota, check_free};
 use super::pace::{Pace, Paced};
 use super::{Entry, FsStore, StoreError, lock};
+use crate::keyfile::random_salt;
 
 /// The most segments that are merged at once: each is an open file and a frame in memory.
 const MAX_PARTS: usize = 128;
@@ -43,15 +44,21 @@ impl Part {
         }
     }
 
-    fn open<'a>(&'a self, pace: &Pace) -> Result<SegmentReader<Box<dyn ReadAt + 'a>>, StoreError> {
+    fn open<'a>(
+        &'a self,
+        pace: &Pace,
+        keys: &Keyring,
+    ) -> Result<SegmentReader<Box<dyn ReadAt + 'a>>, StoreError> {
         let source: Box<dyn ReadAt + 'a> = match self {
             Self::Stored(_, file) => Box::new(file),
             Self::Merged(incoming) => Box::new(pace.of(incoming.file())),
         };
-        SegmentReader::open(source).map_err(|source| StoreError::Damaged {
-            name: self.name().clone(),
-            source,
-        })
+        SegmentReader::open(source)
+            .and_then(|reader| reader.with_keys(keys))
+            .map_err(|source| StoreError::Damaged {
+                name: self.name().clone(),
+                source,
+            })
     }
 }
 
@@ -60,11 +67,12 @@ impl FsStore {
     /// are removed, except those something outside the run builds on. A run that begins with a full segment becomes a
     /// full segment (a fold). `names` may be in any order; one alone is left as it is.
     ///
-    /// The result may go beyond the budget while the run is still there.
+    /// The result is encrypted with the first of the store's keys, if there is one. It may go beyond the budget while the run
+    /// is still there.
     ///
     /// # Errors
-    /// [`StoreError::NotARun`], [`StoreError::NotHeld`], [`StoreError::Merge`], [`StoreError::DiskFull`], and what the
-    /// disk says. Until the result has its name everything stays as it was.
+    /// [`StoreError::NotARun`], [`StoreError::NotHeld`], [`StoreError::NoKey`], [`StoreError::Merge`],
+    /// [`StoreError::DiskFull`], and what the disk says. Until the result has its name everything stays as it was.
     pub fn merge_into_newest(
         self: &Arc<Self>,
         names: &[SegmentName],
@@ -117,6 +125,7 @@ impl FsStore {
         if run.len() == 1 {
             return Ok(Some(last.clone()));
         }
+        self.check_keys(&run)?;
         check_free(self, run.iter().map(|entry| entry.bytes).sum())?;
         let parts = run
             .iter()
@@ -161,6 +170,20 @@ impl FsStore {
         Ok(Some(entry))
     }
 
+    /// Refuses a run that cannot be read.
+    fn check_keys(&self, run: &[Entry]) -> Result<(), StoreError> {
+        let keys = self.keys();
+        for entry in run {
+            if let Some(key) = entry.key.filter(|key| keys.get(*key).is_none()) {
+                return Err(StoreError::NoKey {
+                    name: entry.name.clone(),
+                    key,
+                });
+            }
+        }
+        Ok(())
+    }
+
     fn part(&self, name: &SegmentName, pace: &Pace) -> Result<Part, StoreError> {
         let (file, _) = self.open_raw(name)?;
         Ok(Part::Stored(name.clone(), pace.of(file)))
@@ -202,12 +225,17 @@ impl FsStore {
             return Err(StoreError::NothingToMerge);
         };
         let (first, last) = (first.name().clone(), last.name().clone());
+        let keys = self.keys();
         let readers = group
             .iter()
-            .map(|part| part.open(pace))
+            .map(|part| part.open(pace, &keys))
             .collect::<Result<Vec<_>, _>>()?;
         let mut incoming = Incoming::new(self, &last, 0, Quota::Exempt, last.generation)?;
-        match segment::merge(&readers, &mut incoming, level) {
+        let merged = match keys.first() {
+            Some(key) => segment::merge_encrypted(&readers, &mut incoming, level, key, random_salt()),
+            None => segment::merge(&readers, &mut incoming, level),
+        };
+        match merged {
             Ok(_) => Ok(incoming),
             Err(source) => Err(incoming.take_failure().unwrap_or_else(|| StoreError::Merge {
                 first,

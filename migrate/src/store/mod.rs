@@ -54,18 +54,21 @@ mod collect_tests;
 #[cfg(test)]
 mod crash_tests;
 #[cfg(test)]
+mod encrypted_tests;
+#[cfg(test)]
 pub(crate) mod fixture;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use segment::{
-    CheckpointId, Digest, Epoch, Generation, Kind, ReadAt, SegmentName, SegmentReader, Summary, VmId, limits,
+    CheckpointId, Digest, Epoch, Generation, KeyId, Keyring, Kind, ReadAt, SegmentName, SegmentReader,
+    Summary, VmId, limits,
 };
 
 pub use archive::{ArchiveError, ArchiveWriter, Imported};
@@ -123,6 +126,8 @@ pub struct Entry {
     pub first_epoch: Option<Epoch>,
     /// The user's label.
     pub label: Option<String>,
+    /// The key that it is encrypted with; none when it is not.
+    pub key: Option<KeyId>,
 }
 
 impl Entry {
@@ -140,6 +145,7 @@ impl Entry {
             created_unix_ns: manifest.created_unix_ns,
             first_epoch: manifest.first_epoch,
             label: manifest.label.clone(),
+            key: manifest.encryption.map(|encryption| encryption.key),
         }
     }
 
@@ -212,6 +218,11 @@ pub struct FsStore {
     housekeeping: Mutex<()>,
     /// What users want kept of which VM. A mutex of its own: it is written by commands, not by the flow of segments.
     policies: Mutex<HashMap<VmId, KeepPolicy>>,
+    /// What it encrypts with what it writes itself, and decrypts. Read by whoever opens a segment, written when the key
+    /// file was read.
+    keys: RwLock<Keyring>,
+    /// VMs of which links should be merged that are encrypted with a key which is not there: one such key. For the status.
+    unmergeable: Mutex<BTreeMap<VmId, KeyId>>,
 }
 
 impl FsStore {
@@ -347,16 +358,36 @@ impl FsStore {
         self.index().newest_complete(vm).cloned()
     }
 
-    /// Opens a segment for reading.
+    /// The keys it has.
+    #[must_use]
+    pub fn keys(&self) -> Keyring {
+        self.keys.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Encrypts what it writes itself from now on with the first of `keys`, if there is one, and decrypts with all. What is
+    /// received is stored as it comes, and needs none.
+    pub fn set_keys(&self, keys: Keyring) {
+        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = keys;
+    }
+
+    /// VMs of which links would be merged, were the key there that they are encrypted with; each with one such key.
+    #[must_use]
+    pub fn unmergeable(&self) -> BTreeMap<VmId, KeyId> {
+        lock(&self.unmergeable).clone()
+    }
+
+    /// Opens a segment for reading; what is encrypted is readable where the store [has the key](Self::set_keys).
     ///
     /// # Errors
     /// [`StoreError::NotHeld`], [`StoreError::Damaged`], and what the disk says.
     pub fn open_segment(&self, name: &SegmentName) -> Result<SegmentReader<File>, StoreError> {
         let (file, _) = self.open_raw(name)?;
-        SegmentReader::open(file).map_err(|source| StoreError::Damaged {
-            name: name.clone(),
-            source,
-        })
+        SegmentReader::open(file)
+            .and_then(|reader| reader.with_keys(&self.keys()))
+            .map_err(|source| StoreError::Damaged {
+                name: name.clone(),
+                source,
+            })
     }
 
     /// Opens the file of a segment; the entry is that of this very file (not so when the store was opened for reading
@@ -440,7 +471,7 @@ impl FsStore {
         Ok(())
     }
 
-    /// Reads a segment from beginning to end, and checks every byte.
+    /// Reads a segment from beginning to end, and checks every byte: without its key that they are those that were stored.
     ///
     /// # Errors
     /// [`StoreError::NotHeld`], [`StoreError::Damaged`], and what the disk says.

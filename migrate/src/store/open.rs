@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock};
 
 use rustix::fs::{FlockOperation, flock};
 use segment::{Generation, SegmentName, VmId};
@@ -65,6 +65,8 @@ impl FsStore {
             gates: Mutex::default(),
             housekeeping: Mutex::default(),
             policies: Mutex::default(),
+            keys: RwLock::default(),
+            unmergeable: Mutex::default(),
         };
         let folders = store.read_segments()?;
         // A crash may have come between a rename and the sync of its folder. What is seen now will be acknowledged
@@ -110,6 +112,8 @@ impl FsStore {
             gates: Mutex::default(),
             housekeeping: Mutex::default(),
             policies: Mutex::default(),
+            keys: RwLock::default(),
+            unmergeable: Mutex::default(),
         })
     }
 

@@ -427,6 +427,9 @@ pub struct SegmentDetail {
     /// Why its chain is not whole here; absent when it is.
     #[n(7)]
     pub incomplete: Option<String>,
+    /// The key that it is encrypted with; absent when it is not. Without that key here its records are not counted.
+    #[n(8)]
+    pub key: Option<String>,
 }
 
 /// How an agent is.

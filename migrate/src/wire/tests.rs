@@ -550,6 +550,7 @@ fn replies() -> Vec<Message> {
         frames: 4,
         first_epoch: Some(5),
         incomplete: Some("why".into()),
+        key: Some("0123456789abcdef".into()),
     };
     let report = PromoteReport {
         vm: vm(),

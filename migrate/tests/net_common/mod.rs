@@ -145,6 +145,7 @@ pub fn config(dir: &Path, node: &str, registry: RegistryAddr) -> AgentConfig {
         drill_every: None,
         global: None,
         metrics: None,
+        key_file: None,
         replace: false,
         run_dir: None,
         restore_timeout: None,

@@ -122,6 +122,7 @@ async fn start(
             insecure_plaintext: false,
         },
         second_copy: false,
+        keys: Default::default(),
     };
     let source = boot_source(lab, "churn", command_line);
     let session = Session::boot(config, machine(memory_mib), &source)

@@ -42,6 +42,7 @@ pub(crate) async fn agent(lab: &Lab, data: &Path) -> Result<Agent> {
         drill_every: None,
         global: None,
         metrics: None,
+        key_file: None,
         replace: false,
         run_dir: None,
         restore_timeout: None,

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use migrate::transport::IdentityArgs;
-use segment::{Generation, VmId};
+use segment::{Generation, Keyring, VmId};
 use tokio::sync::watch;
 
 use super::fault::Fault;
@@ -40,6 +40,8 @@ pub struct Identity {
     pub trust: IdentityArgs,
     /// See [`SessionConfig::second_copy`].
     pub second_copy: bool,
+    /// See [`SessionConfig::keys`].
+    pub keys: Keyring,
     /// Where the Unix socket of its stream sockets is, unless it is said.
     pub vsock: PathBuf,
 }
@@ -231,6 +233,7 @@ impl Instance {
             generation: self.identity.generation,
             trust: self.identity.trust.clone(),
             second_copy: self.identity.second_copy,
+            keys: self.identity.keys.clone(),
         };
         let session = match origin {
             Origin::Boot => {

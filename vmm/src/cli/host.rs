@@ -473,6 +473,7 @@ mod tests {
                 generation: None,
                 trust: Default::default(),
                 second_copy: false,
+                keys: Default::default(),
                 vsock: dir.join("vsock"),
             },
             config,

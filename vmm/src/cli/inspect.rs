@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use kvm_bindings::{kvm_regs, kvm_sregs};
+use migrate::keyfile::KeyFileArgs;
 use migrate::store::FsStore;
-use segment::{Codec, Kind, Record, SegmentName, SegmentReader, Summary};
+use segment::{Codec, Keyring, Kind, Record, SegmentName, SegmentReader, Summary};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -47,18 +48,22 @@ pub(super) struct Inspect {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    key_file: KeyFileArgs,
+    #[command(flatten)]
     run_dir: RunDir,
 }
 
 impl Inspect {
     pub(super) async fn run(self) -> Result<Outcome, CliError> {
         let text = self.what.to_str().unwrap_or_default();
+        let keys = self.key_file.keys()?;
         if let (false, Ok(name)) = (self.what.exists(), text.parse::<SegmentName>()) {
             let dir = self
                 .store
                 .clone()
                 .unwrap_or_else(|| rundir::default_store(&name.vm));
             let store = FsStore::open_chain(&dir, &name.vm, Some(&name)).map_err(SessionError::Store)?;
+            store.set_keys(keys);
             let open = |name: &SegmentName| store.open_segment(name).map_err(SessionError::Store);
             if self.picture.is_some() {
                 let chain = store.chain(&name).map_err(|source| SessionError::Chain {
@@ -73,11 +78,13 @@ impl Inspect {
         if looks_like_a_path(self.what.as_os_str()) {
             if self.picture.is_some() {
                 let files = std::iter::once(&self.what).chain(&self.more);
-                let mut links = files.map(|path| open_file(path)).collect::<Result<Vec<_>, _>>()?;
+                let mut links = files
+                    .map(|path| open_file(path, &keys))
+                    .collect::<Result<Vec<_>, _>>()?;
                 links.sort_by(|a, b| a.manifest().name.cmp(&b.manifest().name));
                 self.draw(&links)?;
             }
-            return self.segment(&self.what, &open_file(&self.what)?);
+            return self.segment(&self.what, &open_file(&self.what, &keys)?);
         }
         if self.picture.is_some() || self.frames {
             return Err(CliError::Said(format!(
@@ -120,8 +127,20 @@ impl Inspect {
             source,
         };
         let summary = reader.verify().map_err(damaged)?;
-        let records = reader.records().map_err(damaged)?;
-        let machine = state::from_records(&records).map_err(|error| chain(&error));
+        let (records, machine) = match (reader.is_open(), reader.manifest().encryption) {
+            (false, Some(encryption)) => {
+                let why = format!(
+                    "it is encrypted with key {}, which is not among the keys given (--key-file)",
+                    encryption.key
+                );
+                (Vec::new(), Err(why))
+            }
+            (true, _) | (false, None) => {
+                let records = reader.records().map_err(damaged)?;
+                let machine = state::from_records(&records).map_err(|error| chain(&error));
+                (records, machine)
+            }
+        };
         if self.json {
             let mut shown = segment_json(reader, &summary, &records, machine.as_ref());
             if self.frames {
@@ -140,12 +159,14 @@ impl Inspect {
     }
 }
 
-fn open_file(path: &Path) -> Result<SegmentReader<File>, CliError> {
+fn open_file(path: &Path, keys: &Keyring) -> Result<SegmentReader<File>, CliError> {
     let file = migrate::regular::open(path).map_err(CliError::io(format!("open the segment {path:?}")))?;
-    SegmentReader::open(file).map_err(|source| CliError::Segment {
-        path: path.to_owned(),
-        source,
-    })
+    SegmentReader::open(file)
+        .and_then(|reader| reader.with_keys(keys))
+        .map_err(|source| CliError::Segment {
+            path: path.to_owned(),
+            source,
+        })
 }
 
 /// Lines of `name  value`, the values below each other.
@@ -346,6 +367,9 @@ fn show_segment(
     }
     lines.add_some("merged from epoch", manifest.first_epoch);
     lines.add_some("label", manifest.label.as_ref());
+    if let Some(encryption) = manifest.encryption {
+        lines.add("encrypted", format!("with key {}", encryption.key));
+    }
     lines.add(
         "taken",
         format!("{} by {}", when(manifest.created_unix_ns), manifest.producer),
@@ -586,6 +610,7 @@ fn segment_json(
         "links": manifest.links,
         "first_epoch": manifest.first_epoch.map(|epoch| epoch.0),
         "label": manifest.label,
+        "key": manifest.encryption.map(|encryption| encryption.key.to_string()),
         "created_unix_ns": manifest.created_unix_ns,
         "producer": manifest.producer,
         "spaces": manifest.spaces.iter().map(|space| json!({

@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use migrate::keyfile::KeyFileError;
 use segment::{FormatError, NameError};
 
 use crate::api::client::ClientError;
@@ -107,6 +108,8 @@ enum CliError {
     Client(#[from] ClientError),
     #[error(transparent)]
     Name(#[from] NameError),
+    #[error(transparent)]
+    Keys(#[from] KeyFileError),
     #[error(transparent)]
     Session(Box<SessionError>),
     #[error("{what}")]

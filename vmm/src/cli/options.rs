@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use migrate::keyfile::{KeyFileArgs, KeyFileError};
 use migrate::placement::{LabelRule, Policy};
 use migrate::transport::IdentityArgs;
-use segment::VmId;
+use segment::{Keyring, VmId};
 
 use super::{CliError, rundir, size};
 use crate::config::{StoreConfig, VmConfig};
@@ -79,6 +80,8 @@ pub(super) struct Keeping {
     /// [default: standby]
     #[arg(long, value_enum, value_name = "WHAT")]
     on_lapse: Option<OnLapse>,
+    #[command(flatten)]
+    key_file: KeyFileArgs,
     #[command(flatten)]
     pub(super) trust: IdentityArgs,
 }
@@ -178,6 +181,11 @@ impl Keeping {
     /// The store's bound, for a store whose folder is not in the configuration.
     pub(super) fn budget(&self) -> Option<u64> {
         self.store_budget
+    }
+
+    /// What checkpoints are encrypted with.
+    pub(super) fn keys(&self) -> Result<Keyring, KeyFileError> {
+        self.key_file.keys()
     }
 
     /// The store's folder.

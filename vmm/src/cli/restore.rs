@@ -132,6 +132,7 @@ impl Restore {
             trust: self.keeping.trust.clone(),
             checkpoints: CheckpointConfig::default(),
             second_copy: self.allow_second_copy,
+            keys: self.keeping.keys()?,
         };
         let bindings = Bindings {
             named: self.bind.iter().cloned().collect(),
@@ -184,6 +185,7 @@ impl Restore {
                 generation: self.generation.map(Generation),
                 trust: self.keeping.trust.clone(),
                 second_copy: self.allow_second_copy,
+                keys: self.keeping.keys()?,
                 vsock: rundir::vsock(&run_dir, &name),
                 name,
             },

@@ -139,6 +139,7 @@ impl Run {
                 generation: None,
                 trust: self.keeping.trust.clone(),
                 second_copy: false,
+                keys: self.keeping.keys()?,
                 vsock: rundir::vsock(&run_dir, &name),
                 name,
             },

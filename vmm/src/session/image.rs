@@ -35,7 +35,7 @@ pub struct ImageFiles {
 /// A checkpoint, about to be restored.
 pub(super) enum Content {
     /// To be loaded.
-    Chain(LoadPlan),
+    Chain(Box<LoadPlan>),
     /// There already.
     Image {
         manifest: Box<Manifest>,
@@ -48,7 +48,7 @@ pub(super) enum Content {
 impl Content {
     pub(super) fn open(config: &SessionConfig, from: &RestoreFrom) -> Result<Self, SessionError> {
         let RestoreFrom::Image { dir, segment, image } = from else {
-            return load_plan(config, from).map(Self::Chain);
+            return load_plan(config, from).map(|plan| Self::Chain(Box::new(plan)));
         };
         let unfit = |why: String| SessionError::Image {
             name: segment.clone(),
@@ -56,8 +56,9 @@ impl Content {
             why,
         };
         // No other link of the chain is looked at.
-        let reader = FsStore::open_one(dir, segment)?;
         let damaged = |source| SessionError::Load(segment_error(segment, source));
+        let reader = FsStore::open_one(dir, segment)?;
+        let reader = reader.with_keys(&config.keys).map_err(damaged)?;
         let (manifest, records) = (reader.manifest().clone(), reader.records().map_err(damaged)?);
         if manifest.checkpoint != image.checkpoint {
             return Err(unfit(format!(

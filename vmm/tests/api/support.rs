@@ -51,6 +51,7 @@ impl World {
                 ..Default::default()
             },
             second_copy: false,
+            keys: Default::default(),
             vsock: self.path(&format!("{name}.vsock")),
         };
         let socket = Socket::bind(&self.path(&format!("{name}.sock"))).unwrap();

@@ -75,6 +75,7 @@ pub(crate) fn config(name: &str, store: &Path) -> SessionConfig {
         trust: Default::default(),
         // Here "web" is many a VM.
         second_copy: true,
+        keys: Default::default(),
     }
 }
 
