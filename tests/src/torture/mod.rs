@@ -14,7 +14,6 @@ mod ears;
 mod failovers;
 mod links;
 mod lookout;
-mod moves;
 mod proxy;
 pub mod witness;
 
@@ -52,8 +51,6 @@ enum What {
     Failovers(FailoverOptions),
     /// The links between three hosts are cut, delayed and healed at random
     Links(LinkOptions),
-    /// A Linux guest that works hard is moved between two emulated hosts, and its monitor killed
-    Moves(MoveOptions),
 }
 
 /// What all of them take.
@@ -105,28 +102,11 @@ pub(crate) struct LinkOptions {
     common: Common,
 }
 
-/// What `torture moves` takes.
-#[derive(Debug, Clone, Args)]
-pub(crate) struct MoveOptions {
-    /// How often it is stopped and goes on at the other host
-    #[arg(long, value_name = "N", default_value_t = 50)]
-    moves: u32,
-    /// How often the monitor of another one is killed, and the other host takes it over
-    #[arg(long, value_name = "N", default_value_t = 5)]
-    kills: u32,
-    /// vCPUs of the guest
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=8))]
-    cpus: u8,
-    #[command(flatten)]
-    common: Common,
-}
-
 impl What {
     fn common(&self) -> &Common {
         match self {
             Self::Failovers(options) => &options.common,
             Self::Links(options) => &options.common,
-            Self::Moves(options) => &options.common,
         }
     }
 }
@@ -192,7 +172,6 @@ fn inside(options: &Options, folder: &Path) -> Result<()> {
     match &options.what {
         What::Failovers(options) => failovers::run(options, folder),
         What::Links(options) => links::run(options, folder),
-        What::Moves(_) => bail!("that runs in hosts of its own, not in namespaces"),
     }
 }
 
@@ -207,10 +186,6 @@ fn outside(options: &Options) -> Result<ExitCode> {
         arguments.extend(["--seed".into(), seed.to_string().into()]);
     }
     arguments.extend(["--inside".into(), folder.path().into()]);
-    if let What::Moves(options) = &options.what {
-        say(format!("seed {seed}"));
-        return moves::run(options, seed, folder.path()).map(|()| ExitCode::SUCCESS);
-    }
     say(format!(
         "seed {seed}; all of it is in {}",
         folder.path().display()
