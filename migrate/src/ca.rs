@@ -374,9 +374,8 @@ fn replace(path: &Path, text: &str, mode: u32) -> Result<(), CaError> {
         path: path.to_owned(),
         source,
     };
-    let temp = Disk::durable().temp(folder_of(path), &format!(".new.{}", std::process::id()));
+    let temp = Disk::durable().secret_temp(folder_of(path), &format!(".new.{}", std::process::id()));
     let mut temp = temp.map_err(|e| failed(e.source))?;
-    // Before its first byte: nobody else could ever read it.
     temp.file()
         .set_permissions(fs::Permissions::from_mode(mode))
         .and_then(|()| temp.write_all(text.as_bytes()))

@@ -21,6 +21,7 @@
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -113,7 +114,6 @@ static NEXT_TEMP: AtomicU64 = AtomicU64::new(0);
 
 /// Opens a folder; what is none is not waited for.
 fn open_dir(dir: &Path) -> io::Result<File> {
-    use std::os::unix::fs::OpenOptionsExt;
     let flags = rustix::fs::OFlags::DIRECTORY.bits();
     OpenOptions::new()
         .read(true)
@@ -196,6 +196,19 @@ impl Disk {
     /// # Errors
     /// What the system says.
     pub fn temp(&self, dir: &Path, stem: &str) -> Result<Temp, DiskError> {
+        self.temp_of(dir, stem, 0o666)
+    }
+
+    /// The same for a secret: its owner's alone from the first instant on, so that nobody else has it open when that comes.
+    ///
+    /// # Errors
+    /// As [`Self::temp`].
+    pub fn secret_temp(&self, dir: &Path, stem: &str) -> Result<Temp, DiskError> {
+        self.temp_of(dir, stem, 0o600)
+    }
+
+    /// `mode`: what the process's mask leaves of it.
+    fn temp_of(&self, dir: &Path, stem: &str, mode: u32) -> Result<Temp, DiskError> {
         let path = dir.join(format!("{stem}.{}", NEXT_TEMP.fetch_add(1, Ordering::Relaxed)));
         let file = self
             .before(Step::CreateTemp(&path))
@@ -204,6 +217,7 @@ impl Disk {
                     .read(true)
                     .write(true)
                     .create_new(true)
+                    .mode(mode)
                     .open(&path)
             })
             .map_err(DiskError::new("create the temporary file", &path))?;
@@ -455,7 +469,19 @@ impl Seek for Temp {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
+
+    #[test]
+    fn a_secret_is_its_owners_alone_before_it_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let temp = Disk::durable().secret_temp(dir.path(), "t").unwrap();
+        assert_eq!(
+            temp.file().metadata().unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+    }
 
     #[test]
     fn a_name_is_never_taken_twice_and_a_dropped_file_is_gone() {

@@ -11,9 +11,8 @@
 //! Invariants: the file is readable by its owner alone, or it is refused; it is replaced in one step; a key that is there
 //! stays until it is [retired](KeyCommand::Retire), since whatever it encrypted cannot be read without it.
 
-use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
@@ -416,16 +415,9 @@ fn write(path: &Path, lines: &[Line], replace: bool) -> Result<(), KeyFileError>
         return Err(failed(io::Error::new(io::ErrorKind::FileTooLarge, why)));
     }
     let of_disk = |e: DiskError| failed(e.source);
-    let disk = Disk::durable();
-    let temp = folder_of(path).join(format!(".key.{}", random_number()));
-    // Its owner's alone from the first instant: nobody else can have it open when the keys come.
-    File::options()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&temp)
-        .map_err(failed)?;
-    let mut temp = disk.adopt(&temp).map_err(of_disk)?;
+    let stem = format!(".key.{}", random_number());
+    let temp = Disk::durable().secret_temp(folder_of(path), &stem);
+    let mut temp = temp.map_err(of_disk)?;
     temp.write_all(text.as_bytes()).map_err(failed)?;
     if replace {
         return temp.replace(path).map_err(of_disk);
