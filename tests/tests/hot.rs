@@ -129,23 +129,28 @@ fn what_was_stored_and_never_committed_is_thrown_away_for_the_branch_that_won() 
         &["--ack-quorum", "2", "--delta-cache", "8M"],
     );
     hot(&cluster, 1, "split", 1);
-    // From here on birch stores, and follows, what is never committed.
-    let agents = cluster.agent_pids();
-    let pid = |agent: usize| agents[agent].parse::<u32>().unwrap();
-    signal(pid(2), Signal::STOP).unwrap();
+    wait_for("cedar to have something", || {
+        let status = cluster.status("split", &machine.run_dir)?;
+        Ok(status["committed"].is_string().then_some(()))
+    })
+    .unwrap();
+    // From here on birch stores, and follows, what is never committed. (Were cedar only stopped, what is on its way to it
+    // would be stored when it goes on.)
+    let birch = cluster.agent_pids()[1].parse::<u32>().unwrap();
+    cluster.kill_agent(2).unwrap();
     let committed = epoch(&cluster.status("split", &machine.run_dir).unwrap()["committed"]);
     wait_for("birch to follow beyond what is committed", || {
         Ok((epoch(&standing(&cluster, 1, "split")["hot_at"]) > committed + 3).then_some(()))
     })
     .unwrap();
     machine.kill().unwrap();
-    signal(pid(1), Signal::STOP).unwrap();
-    signal(pid(2), Signal::CONT).unwrap();
+    signal(birch, Signal::STOP).unwrap();
+    cluster.restart_agent(2).unwrap();
     let (report, mut machine) = promote(&cluster, 2, "split");
     let from = report["resumed_from"].as_str().unwrap().to_owned();
     assert!(epoch(&report["resumed_from"]) <= committed + 2, "{from}");
     goes_on(&machine, "");
-    signal(pid(1), Signal::CONT).unwrap();
+    signal(birch, Signal::CONT).unwrap();
     // It gives its branch up, and follows the one of generation 2.
     hot(&cluster, 1, "split", 2);
     machine.kill().unwrap();
