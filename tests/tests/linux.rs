@@ -28,8 +28,6 @@ fn a_debian_guest_boots_under_constant_checkpoints() {
 const ATTEMPTS: u32 = 3;
 /// The script's status for such an end.
 const EMULATION: i32 = 75;
-/// Of the emulated host: it takes what it uses.
-const HOST_MEMORY: &str = "8G";
 
 /// The wall clock, compared with the host's in the guest, after a gap of a minute: on both clock sources, with catch-up.
 #[test]
@@ -37,6 +35,7 @@ const HOST_MEMORY: &str = "8G";
 fn a_guests_clocks_are_right_within_50_ms_after_a_minute() {
     let image = image();
     let said = emulated(
+        "2G",
         // Its own shell has an `ip` of its own.
         "bash",
         include_str!("clock.sh"),
@@ -64,7 +63,7 @@ fn large(cpus: &str, memory: &str) {
     let files = [image.bzimage.as_path(), &image.initramfs];
     println!(
         "{}",
-        emulated("sh", include_str!("large.sh"), &files, &[cpus, memory])
+        emulated("8G", "sh", include_str!("large.sh"), &files, &[cpus, memory])
     );
 }
 
@@ -77,6 +76,7 @@ fn image() -> Image {
 fn whole_life(pace: &str) {
     let image = image();
     emulated(
+        "2G",
         "sh",
         include_str!("linux.sh"),
         &[&image.bzimage, &image.initramfs],
@@ -84,8 +84,9 @@ fn whole_life(pace: &str) {
     );
 }
 
-/// Runs the script in that shell with those files and those last words in the emulated host, until all is well; what it said.
-fn emulated(shell: &str, script: &str, files: &[&Path], last: &[&str]) -> String {
+/// Runs the script in that shell with those files and those last words in an emulated host of so much memory, until all is well;
+/// what it said.
+fn emulated(memory: &str, shell: &str, script: &str, files: &[&Path], last: &[&str]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("script.sh");
     std::fs::write(&path, script).unwrap();
@@ -94,7 +95,7 @@ fn emulated(shell: &str, script: &str, files: &[&Path], last: &[&str]) -> String
     let share = |path: &Path| ["--share".into(), path.as_os_str().to_owned()];
     for left in (0..ATTEMPTS).rev() {
         let output = Command::new(&nested_host)
-            .args(["--timeout", "10m", "--memory", HOST_MEMORY])
+            .args(["--timeout", "10m", "--memory", memory])
             .args(share(&path))
             .args(files.iter().flat_map(|file| share(file)))
             .arg(shell)
