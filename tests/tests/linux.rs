@@ -25,7 +25,7 @@ fn a_debian_guest_boots_under_constant_checkpoints() {
 /// triple fault and one took the whole emulated host with it; with checkpoints all the time the host's kernel was
 /// seen to find its own stack overwritten. So what is over for such a reason is tried again, and told; whatever
 /// else is wrong is wrong at once, and what we do wrong each time fails each time.
-const ATTEMPTS: u32 = 3;
+const ATTEMPTS: u32 = 4;
 /// The script's status for such an end.
 const EMULATION: i32 = 75;
 
