@@ -324,7 +324,7 @@ impl LoadPlan {
     pub fn missing_key(&self) -> Option<(&SegmentName, KeyId)> {
         let closed = |link: &&Link| match &link.reader {
             Some(reader) => !reader.is_open(),
-            None => link.entry.key.is_some_and(|key| self.keys.get(key).is_none()),
+            None => link.entry.missing_key(&self.keys).is_some(),
         };
         let link = self.links.iter().find(closed)?;
         link.entry.key.map(|key| (&link.entry.name, key))
@@ -395,9 +395,8 @@ fn not_whole(tip: &SegmentName, source: ChainError) -> LoadError {
 
 fn open_link(store: &FsStore, name: &SegmentName) -> Result<Link, LoadError> {
     let (file, _) = store.open_raw(name).map_err(LoadError::Store)?;
-    let reader = SegmentReader::open(Source::File(file))
-        .and_then(|reader| reader.with_keys(&store.keys()))
-        .map_err(|source| LoadError::Segment {
+    let reader =
+        SegmentReader::open_with(Source::File(file), &store.keys()).map_err(|source| LoadError::Segment {
             name: name.clone(),
             source,
         })?;
@@ -414,12 +413,10 @@ fn open_file(path: &Path, keys: &Keyring) -> Result<Link, LoadError> {
         path: path.to_owned(),
         source,
     })?;
-    let reader = SegmentReader::open(Source::File(file))
-        .and_then(|reader| reader.with_keys(keys))
-        .map_err(|source| LoadError::File {
-            path: path.to_owned(),
-            source,
-        })?;
+    let reader = SegmentReader::open_with(Source::File(file), keys).map_err(|source| LoadError::File {
+        path: path.to_owned(),
+        source,
+    })?;
     Ok(Link {
         path: Some(path.to_owned()),
         entry: Entry::of(&reader),

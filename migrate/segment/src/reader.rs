@@ -147,6 +147,14 @@ impl<R: ReadAt> SegmentReader<R> {
         })
     }
 
+    /// [Opens](Self::open) a segment, and gives it its key as [`Self::with_keys`] does.
+    ///
+    /// # Errors
+    /// As those two.
+    pub fn open_with(source: R, keys: &Keyring) -> Result<Self, FormatError> {
+        Self::open(source)?.with_keys(keys)
+    }
+
     /// Gives it the key that it is encrypted with, where that is among `keys`. What is not encrypted needs none, and what is
     /// stays readable but for its frames and records.
     ///

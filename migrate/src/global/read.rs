@@ -180,12 +180,12 @@ impl Remote {
         below: Option<&LinkRecord>,
         keys: &Keyring,
     ) -> Result<SegmentReader<Source>, LoadError> {
-        let reader = SegmentReader::open(Source::Remote(self.file(link)))
-            .and_then(|reader| reader.with_keys(keys))
-            .map_err(|source| LoadError::Segment {
+        let reader = SegmentReader::open_with(Source::Remote(self.file(link)), keys).map_err(|source| {
+            LoadError::Segment {
                 name: link.name.clone(),
                 source,
-            })?;
+            }
+        })?;
         let below = below.map(LinkRecord::held);
         self.check_link(link, below.as_ref(), reader.manifest(), reader.digest())
             .map_err(|source| LoadError::Global(Box::new(source)))?;

@@ -11,7 +11,7 @@ use segment::{KeyId, SegmentName, VmId};
 
 use super::collect::{CollectAction, CollectRules, plan_collect};
 use super::merge::Others;
-use super::{Entry, FsStore, KeepPolicy, Lineage, Pace, StoreError, lock};
+use super::{FsStore, KeepPolicy, Lineage, Pace, StoreError, lock};
 
 /// Rounds of one call: a bound for a store in which nothing ever fits.
 const MAX_ROUNDS: usize = 1000;
@@ -145,9 +145,8 @@ impl FsStore {
         let Some(CollectAction::Merge(run)) = actions.last() else {
             return None;
         };
-        let missing = |entry: &&Entry| entry.key.is_some_and(|key| keys.get(key).is_none());
-        let mut closed = lineage.entries().iter().filter(missing);
-        closed.find(|entry| run.contains(&entry.name))?.key
+        let mut entries = lineage.entries().iter().filter(|entry| run.contains(&entry.name));
+        entries.find_map(|entry| entry.missing_key(&keys))
     }
 
     /// Drops, in order; whether any could be.

@@ -85,9 +85,7 @@ impl FsStore {
             source,
         };
         let (file, entry) = self.open_raw(name)?;
-        let reader = SegmentReader::open(pace.of(file))
-            .and_then(|reader| reader.with_keys(&self.keys()))
-            .map_err(damaged)?;
+        let reader = SegmentReader::open_with(pace.of(file), &self.keys()).map_err(damaged)?;
         if reader.digest() != entry.digest {
             // A whole segment, and not the one that was put here.
             return Err(damaged(FormatError::Digest { what: "file".into() }));

@@ -133,11 +133,12 @@ impl Incoming {
     }
 
     fn open_at(&self, pace: &Pace) -> Result<SegmentReader<Paced<&File>>, StoreError> {
-        let reader = SegmentReader::open(pace.of(self.temp.file()))
-            .and_then(|reader| reader.with_keys(&self.store.keys()))
-            .map_err(|source| StoreError::Damaged {
-                name: self.name.clone(),
-                source,
+        let reader =
+            SegmentReader::open_with(pace.of(self.temp.file()), &self.store.keys()).map_err(|source| {
+                StoreError::Damaged {
+                    name: self.name.clone(),
+                    source,
+                }
             })?;
         let found = &reader.manifest().name;
         if *found != self.name {

@@ -53,12 +53,10 @@ impl Part {
             Self::Stored(_, file) => Box::new(file),
             Self::Merged(incoming) => Box::new(pace.of(incoming.file())),
         };
-        SegmentReader::open(source)
-            .and_then(|reader| reader.with_keys(keys))
-            .map_err(|source| StoreError::Damaged {
-                name: self.name().clone(),
-                source,
-            })
+        SegmentReader::open_with(source, keys).map_err(|source| StoreError::Damaged {
+            name: self.name().clone(),
+            source,
+        })
     }
 }
 
@@ -174,7 +172,7 @@ impl FsStore {
     fn check_keys(&self, run: &[Entry]) -> Result<(), StoreError> {
         let keys = self.keys();
         for entry in run {
-            if let Some(key) = entry.key.filter(|key| keys.get(*key).is_none()) {
+            if let Some(key) = entry.missing_key(&keys) {
                 return Err(StoreError::NoKey {
                     name: entry.name.clone(),
                     key,

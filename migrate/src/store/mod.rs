@@ -149,6 +149,12 @@ impl Entry {
         }
     }
 
+    /// The key that it is encrypted with, where that is not among `keys`: its content cannot be read then.
+    #[must_use]
+    pub fn missing_key(&self, keys: &Keyring) -> Option<KeyId> {
+        self.key.filter(|key| keys.get(*key).is_none())
+    }
+
     /// The name and identity of the checkpoint this one is a change of; none when it is full.
     #[must_use]
     pub fn parent(&self) -> Option<(&SegmentName, CheckpointId)> {
@@ -382,12 +388,10 @@ impl FsStore {
     /// [`StoreError::NotHeld`], [`StoreError::Damaged`], and what the disk says.
     pub fn open_segment(&self, name: &SegmentName) -> Result<SegmentReader<File>, StoreError> {
         let (file, _) = self.open_raw(name)?;
-        SegmentReader::open(file)
-            .and_then(|reader| reader.with_keys(&self.keys()))
-            .map_err(|source| StoreError::Damaged {
-                name: name.clone(),
-                source,
-            })
+        SegmentReader::open_with(file, &self.keys()).map_err(|source| StoreError::Damaged {
+            name: name.clone(),
+            source,
+        })
     }
 
     /// Opens the file of a segment; the entry is that of this very file (not so when the store was opened for reading

@@ -161,12 +161,10 @@ impl Inspect {
 
 fn open_file(path: &Path, keys: &Keyring) -> Result<SegmentReader<File>, CliError> {
     let file = migrate::regular::open(path).map_err(CliError::io(format!("open the segment {path:?}")))?;
-    SegmentReader::open(file)
-        .and_then(|reader| reader.with_keys(keys))
-        .map_err(|source| CliError::Segment {
-            path: path.to_owned(),
-            source,
-        })
+    SegmentReader::open_with(file, keys).map_err(|source| CliError::Segment {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Lines of `name  value`, the values below each other.

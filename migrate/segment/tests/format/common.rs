@@ -161,3 +161,16 @@ pub(crate) fn small() -> (Manifest, Vec<Record>, Pages) {
     pages.insert((1, 4), Some(noise(1, 512)));
     (manifest, records, pages)
 }
+
+/// Shows `look` each way to change one byte of `good` by one bit, or by all of them, and says which that is.
+pub(crate) fn each_flip(good: &[u8], look: impl Fn(&[u8], &str)) {
+    let mut bytes = good.to_vec();
+    for at in 0..good.len() {
+        for mask in [1, 2, 4, 8, 16, 32, 64, 128, 0xff] {
+            bytes[at] ^= mask;
+            look(&bytes, &format!("byte {at} changed by {mask:#x}"));
+            bytes[at] ^= mask;
+        }
+    }
+    assert_eq!(bytes, good);
+}

@@ -87,7 +87,7 @@ fn small_encrypted() -> Vec<u8> {
 }
 
 fn open<R: ReadAt>(bytes: R, keys: &Keyring) -> Result<SegmentReader<R>, FormatError> {
-    SegmentReader::open(bytes)?.with_keys(keys)
+    SegmentReader::open_with(bytes, keys)
 }
 
 /// Opens and reads everything with the key.
@@ -178,22 +178,11 @@ fn every_flipped_bit_and_truncation_is_noticed() {
     let (manifest, records, pages) = common::small();
     let good = write(&manifest, &records, &pages, &key(1), SALT).0;
     check(&good).unwrap();
-    let mut bytes = good.clone();
-    for at in 0..good.len() {
-        for mask in [1, 2, 4, 8, 16, 32, 64, 128, 0xff] {
-            bytes[at] ^= mask;
-            assert!(
-                check(&bytes).is_err(),
-                "byte {at} changed by {mask:#x} was not noticed"
-            );
-            let without = SegmentReader::open(&*bytes).and_then(|reader| reader.verify());
-            assert!(
-                without.is_err(),
-                "byte {at} changed by {mask:#x} was not noticed without the key"
-            );
-            bytes[at] ^= mask;
-        }
-    }
+    common::each_flip(&good, |bytes, what| {
+        assert!(check(bytes).is_err(), "{what} was not noticed");
+        let without = SegmentReader::open(bytes).and_then(|reader| reader.verify());
+        assert!(without.is_err(), "{what} was not noticed without the key");
+    });
     for length in 0..good.len() {
         assert!(check(&good[..length]).is_err(), "{length} bytes");
     }
@@ -433,7 +422,7 @@ fn chains_of_both_kinds_and_several_keys_are_merged() {
     let new = write(&delta(3, &spaces), &records, &all[2], &key(1), SALT).0;
     let readers = |keys: &Keyring| -> Vec<SegmentReader<&[u8]>> {
         [&*plain, &*old, &*new]
-            .map(|bytes| SegmentReader::open(bytes).unwrap().with_keys(keys).unwrap())
+            .map(|bytes| open(bytes, keys).unwrap())
             .into()
     };
     let keys = ring(&[1, 2]);
