@@ -4,6 +4,7 @@
 
 pub mod bench;
 pub mod demo;
+pub mod emulated;
 /// A real etcd, as the tests of `migrate` start it too.
 #[allow(
     missing_docs,

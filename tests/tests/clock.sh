@@ -1,16 +1,6 @@
-# What tests/linux.rs does with a guest's clocks in the emulated host: bash clock.sh KERNEL INITRAMFS TORTURE GAP
+# Behind src/emulated.sh, what tests/linux.rs does with a guest's clocks in the emulated host: bash clock.sh KERNEL INITRAMFS TORTURE GAP
 # The guest compares its clock with this host's all the time, to the millisecond, and says BAD when it is off by more than 50.
-set -u
 kernel=$1 initrd=$2 torture=$3 gap=$4
-runs=/run/understudy
-
-fail() {
-    echo "FAILED: $*"
-    for log in "$runs"/*/console.log "$runs"/*/vmm.log; do echo "--- $log"; tail -n 30 "$log"; done
-    grep -q 'triple fault' "$runs"/*/vmm.log && exit 75
-    case $* in *'did not boot'*) exit 75 ;; esac
-    exit 1
-}
 
 # said NAME KEY: the newest value of the worker `time`, 0 before the first.
 said() {

@@ -32,6 +32,12 @@ def run(*words):
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
 
 
+def fail(text):
+    """Status 75 is the emulated processor's own end (src/emulated.rs)."""
+    print(f"FAILED: {text}", file=sys.stderr)
+    sys.exit(75 if "triple fault" in text else 1)
+
+
 class Monitor:
     """A `vmm` that waits at its socket, as Firecracker does."""
 
@@ -51,7 +57,7 @@ class Monitor:
         deadline = time.monotonic() + LIMIT
         while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                sys.exit(f"FAILED: {self.socket}: {what} did not come: {self.said()[-3000:]}")
+                fail(f"{self.socket}: {what} did not come: {self.said()[-3000:]}")
             time.sleep(0.2)
 
     def total(self, worker, key):
@@ -75,8 +81,8 @@ def refused(what, call, text):
     except APIError as error:
         if "API fault" in str(error) and text in str(error):
             return
-        sys.exit(f"FAILED: {what}: refused as {error}")
-    sys.exit(f"FAILED: {what} was not refused")
+        fail(f"{what}: refused as {error}")
+    fail(f"{what} was not refused")
 
 
 for tap, mode in [("tap0", "tap"), ("tap1", "tap")]:

@@ -2,14 +2,13 @@
 //! by `firecracker_client.py`.
 #![allow(clippy::unwrap_used)] // A helper of a test fails the test.
 
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use guest_images::debian::{Image, Packages, cache};
-use understudy_tests::harness::Binaries;
+use understudy_tests::emulated::until_well;
 
-/// The emulated host fails now and then by itself (docs/nested-host.md).
-const ATTEMPTS: u32 = 3;
 /// What the client's interpreter consists of: itself, its environment, its modules. Each is to be there at its own path; the
 /// libraries are found by `nested-host`.
 const PARTS: &str = "
@@ -53,39 +52,10 @@ fn a_client_library_of_firecrackers_runs_a_guest_and_restores_it() {
         "{}",
         String::from_utf8_lossy(&parts.stderr)
     );
-    let mut shared: Vec<PathBuf> = String::from_utf8(parts.stdout)
-        .unwrap()
-        .lines()
-        .map(PathBuf::from)
-        .collect();
-    shared.extend([
-        script.clone(),
-        image.bzimage.clone(),
-        image.initramfs.clone(),
-        image.torture.clone(),
-    ]);
-    let share = shared
-        .iter()
-        .flat_map(|path| ["--share".into(), path.clone().into_os_string()]);
-    let share: Vec<_> = share.collect();
-    for left in (0..ATTEMPTS).rev() {
-        let output = Command::new(Binaries::find().unwrap().vmm.with_file_name("nested-host"))
-            .args(["--timeout", "10m"])
-            .args(&share)
-            .args([&python, &script, &image.bzimage, &image.initramfs, &image.torture])
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stdout);
-        if output.status.success() && said.ends_with("all is well\n") {
-            return;
-        }
-        let errors = String::from_utf8_lossy(&output.stderr);
-        let emulation =
-            errors.contains("ended while the command ran on it") || errors.contains("triple fault");
-        assert!(emulation && left > 0, "{}\n{said}\n{errors}", output.status);
-        eprintln!(
-            "the emulated host failed, {left} attempts left: {}\n{said}\n{errors}",
-            output.status
-        );
-    }
+    let parts = String::from_utf8(parts.stdout).unwrap();
+    let files = [&script, &image.bzimage, &image.initramfs, &image.torture].map(PathBuf::as_path);
+    let shared: Vec<&Path> = parts.lines().map(Path::new).chain(files).collect();
+    let command = [[python.as_path()].as_slice(), &files].concat();
+    let command: Vec<&OsStr> = command.into_iter().map(Path::as_os_str).collect();
+    println!("{}", until_well("2G", &shared, &command));
 }

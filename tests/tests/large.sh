@@ -1,16 +1,6 @@
-# What tests/linux.rs does with large guests in the emulated host: sh large.sh KERNEL INITRAMFS CPUS MEMORY
+# Behind src/emulated.sh, what tests/linux.rs does with large guests in the emulated host: sh large.sh KERNEL INITRAMFS CPUS MEMORY
 # It boots, is checkpointed, and goes on in another process with all its processors and memory.
-set -u
 kernel=$1 initrd=$2 cpus=$3 memory=$4
-runs=/run/understudy
-
-fail() {
-    echo "FAILED: $*"
-    for log in "$runs"/*/console.log "$runs"/*/vmm.log; do echo "--- $log"; tail -n 40 "$log"; done
-    grep -q 'triple fault' "$runs"/*/vmm.log && exit 75
-    case $* in *'did not boot'*) exit 75 ;; esac
-    exit 1
-}
 
 # wait_for NAME PATTERN WHAT: until its console has a line with it.
 wait_for() {

@@ -2,11 +2,11 @@
 //! All in one emulated host, for each of those costs seconds; what is done there is in `linux.sh`.
 #![allow(clippy::unwrap_used)] // A helper of a test fails the test.
 
+use std::ffi::OsStr;
 use std::path::Path;
-use std::process::Command;
 
 use guest_images::debian::{Image, Packages, cache};
-use understudy_tests::harness::Binaries;
+use understudy_tests::emulated::{script, until_well};
 
 #[test]
 fn a_debian_guest_boots_is_restored_keeps_its_time_and_restarts() {
@@ -15,19 +15,10 @@ fn a_debian_guest_boots_is_restored_keeps_its_time_and_restarts() {
 
 /// Some ten checkpoints a second while four vCPUs are started.
 #[test]
-#[ignore = "the emulated processor fails too often under that much work: see ATTEMPTS"]
+#[ignore = "the emulated processor fails too often under that much work: see src/emulated.rs"]
 fn a_debian_guest_boots_under_constant_checkpoints() {
     whole_life("0");
 }
-
-/// The emulated processor does not always do as a real one. Of 47 boots of a guest with four vCPUs that nothing paused and
-/// of which no checkpoint was taken, while the host it ran on was kept busy by other processes, one hung, one ended in a
-/// triple fault and one took the whole emulated host with it; with checkpoints all the time the host's kernel was
-/// seen to find its own stack overwritten. So what is over for such a reason is tried again, and told; whatever
-/// else is wrong is wrong at once, and what we do wrong each time fails each time.
-const ATTEMPTS: u32 = 4;
-/// The script's status for such an end.
-const EMULATION: i32 = 75;
 
 /// The wall clock, compared with the host's in the guest, after a gap of a minute: on both clock sources, with catch-up.
 #[test]
@@ -84,38 +75,12 @@ fn whole_life(pace: &str) {
     );
 }
 
-/// Runs the script in that shell with those files and those last words in an emulated host of so much memory, until all is well;
-/// what it said.
-fn emulated(memory: &str, shell: &str, script: &str, files: &[&Path], last: &[&str]) -> String {
+/// Runs the script in that shell with those files and those last words in an emulated host of so much memory; what it said.
+fn emulated(memory: &str, shell: &str, text: &str, files: &[&Path], last: &[&str]) -> String {
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("script.sh");
-    std::fs::write(&path, script).unwrap();
-    let vmm = Binaries::find().unwrap().vmm;
-    let nested_host = vmm.with_file_name("nested-host");
-    let share = |path: &Path| ["--share".into(), path.as_os_str().to_owned()];
-    for left in (0..ATTEMPTS).rev() {
-        let output = Command::new(&nested_host)
-            .args(["--timeout", "10m", "--memory", memory])
-            .args(share(&path))
-            .args(files.iter().flat_map(|file| share(file)))
-            .arg(shell)
-            .arg(&path)
-            .args(files)
-            .args(last)
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stdout);
-        if output.status.success() && said.ends_with("all is well\n") {
-            return said.into_owned();
-        }
-        let errors = String::from_utf8_lossy(&output.stderr);
-        let emulation =
-            output.status.code() == Some(EMULATION) || errors.contains("ended while the command ran on it");
-        assert!(emulation && left > 0, "{}\n{said}\n{errors}", output.status);
-        eprintln!(
-            "the emulated host failed, {left} attempts left: {}\n{said}\n{errors}",
-            output.status
-        );
-    }
-    panic!("the emulated host failed {ATTEMPTS} times");
+    let script = script(folder.path(), text);
+    let mut command = vec![OsStr::new(shell), script.as_os_str()];
+    command.extend(files.iter().map(|file| file.as_os_str()));
+    command.extend(last.iter().map(OsStr::new));
+    until_well(memory, &[files, &[&script]].concat(), &command)
 }

@@ -1,17 +1,6 @@
-# What tests/linux.rs does in the emulated host: sh linux.sh KERNEL INITRAMFS PACE
+# Behind src/emulated.sh, what tests/linux.rs does in the emulated host: sh linux.sh KERNEL INITRAMFS PACE
 # PACE: seconds between the checkpoints while it boots.
-set -u
 kernel=$1 initrd=$2 pace=$3
-runs=/run/understudy
-
-# What the emulated processor is known to do by itself (linux.rs) ends with status 75: a guest that faults or hangs early.
-fail() {
-    echo "FAILED: $*"
-    for log in "$runs"/*/console.log "$runs"/*/vmm.log; do echo "--- $log"; tail -n 40 "$log"; done
-    grep -q 'triple fault' "$runs"/*/vmm.log && exit 75
-    case $* in *'not boot'* | *'us: up'*) exit 75 ;; esac
-    exit 1
-}
 
 # wait_for NAME PATTERN [COUNT]: until the guest's console has so many lines with it.
 wait_for() {
