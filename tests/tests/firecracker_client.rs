@@ -57,5 +57,5 @@ fn a_client_library_of_firecrackers_runs_a_guest_and_restores_it() {
     let shared: Vec<&Path> = parts.lines().map(Path::new).chain(files).collect();
     let command = [[python.as_path()].as_slice(), &files].concat();
     let command: Vec<&OsStr> = command.into_iter().map(Path::as_os_str).collect();
-    println!("{}", until_well("2G", &shared, &command));
+    println!("{}", until_well("2G", "10m", &shared, &command));
 }

@@ -1,5 +1,5 @@
-//! A Debian guest on a complete KVM: booted with four vCPUs, checkpointed while it boots and after, restored, restarted.
-//! All in one emulated host, for each of those costs seconds; what is done there is in `linux.sh`.
+//! Debian guests on a complete KVM, in emulated hosts: booted, checkpointed while they boot and after, restored, restarted.
+//! What is done there is in the scripts: few of them, for each host costs seconds.
 #![allow(clippy::unwrap_used)] // A helper of a test fails the test.
 
 use std::ffi::OsStr;
@@ -10,14 +10,25 @@ use understudy_tests::emulated::{script, until_well};
 
 #[test]
 fn a_debian_guest_boots_is_restored_keeps_its_time_and_restarts() {
-    whole_life("2");
+    whole_life("1", "2");
+}
+
+#[test]
+fn a_debian_guest_with_four_vcpus_boots_and_is_restored() {
+    beating("5m", include_str!("four.sh"), &[]);
+}
+
+#[test]
+#[ignore = "the emulated processor fails too often under that much work: see src/emulated.rs"]
+fn a_debian_guest_with_four_vcpus_lives_as_long() {
+    whole_life("4", "2");
 }
 
 /// Some ten checkpoints a second while four vCPUs are started.
 #[test]
 #[ignore = "the emulated processor fails too often under that much work: see src/emulated.rs"]
 fn a_debian_guest_boots_under_constant_checkpoints() {
-    whole_life("0");
+    whole_life("4", "0");
 }
 
 /// The wall clock, compared with the host's in the guest, after a gap of a minute: on both clock sources, with catch-up.
@@ -26,7 +37,7 @@ fn a_debian_guest_boots_under_constant_checkpoints() {
 fn a_guests_clocks_are_right_within_50_ms_after_a_minute() {
     let image = image();
     let said = emulated(
-        "2G",
+        ["2G", "10m"],
         // Its own shell has an `ip` of its own.
         "bash",
         include_str!("clock.sh"),
@@ -54,7 +65,13 @@ fn large(cpus: &str, memory: &str) {
     let files = [image.bzimage.as_path(), &image.initramfs];
     println!(
         "{}",
-        emulated("8G", "sh", include_str!("large.sh"), &files, &[cpus, memory])
+        emulated(
+            ["8G", "1h"],
+            "sh",
+            include_str!("large.sh"),
+            &files,
+            &[cpus, memory]
+        )
     );
 }
 
@@ -64,23 +81,29 @@ fn image() -> Image {
 }
 
 /// `pace`: seconds between the checkpoints of the boot.
-fn whole_life(pace: &str) {
+fn whole_life(cpus: &str, pace: &str) {
+    beating("10m", include_str!("linux.sh"), &[cpus, pace]);
+}
+
+fn beating(timeout: &str, text: &str, last: &[&str]) {
     let image = image();
+    let text = [include_str!("beating.sh"), "\n", text].concat();
     emulated(
-        "2G",
+        ["2G", timeout],
         "sh",
-        include_str!("linux.sh"),
+        &text,
         &[&image.bzimage, &image.initramfs],
-        &[pace],
+        last,
     );
 }
 
-/// Runs the script in that shell with those files and those last words in an emulated host of so much memory; what it said.
-fn emulated(memory: &str, shell: &str, text: &str, files: &[&Path], last: &[&str]) -> String {
+/// Runs the script in that shell with those files and those last words in an emulated host of so much memory, for at
+/// most that time; what it said.
+fn emulated([memory, timeout]: [&str; 2], shell: &str, text: &str, files: &[&Path], last: &[&str]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let script = script(folder.path(), text);
     let mut command = vec![OsStr::new(shell), script.as_os_str()];
     command.extend(files.iter().map(|file| file.as_os_str()));
     command.extend(last.iter().map(OsStr::new));
-    until_well(memory, &[files, &[&script]].concat(), &command)
+    until_well(memory, timeout, &[files, &[&script]].concat(), &command)
 }
