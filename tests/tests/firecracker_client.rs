@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use guest_images::debian::{Image, Packages, cache};
-use understudy_tests::emulated::until_well;
+use understudy_tests::emulated::{Trust, until_well};
 
 /// What the client's interpreter consists of: itself, its environment, its modules. Each is to be there at its own path; the
 /// libraries are found by `nested-host`.
@@ -57,5 +57,5 @@ fn a_client_library_of_firecrackers_runs_a_guest_and_restores_it() {
     let shared: Vec<&Path> = parts.lines().map(Path::new).chain(files).collect();
     let command = [[python.as_path()].as_slice(), &files].concat();
     let command: Vec<&OsStr> = command.into_iter().map(Path::as_os_str).collect();
-    println!("{}", until_well("2G", "10m", &shared, &command));
+    println!("{}", until_well("2G", Trust::Emulation, &shared, &command));
 }

@@ -6,7 +6,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 
 use guest_images::debian::{Image, Packages, cache};
-use understudy_tests::emulated::{script, until_well};
+use understudy_tests::emulated::{Trust, script, until_well};
 
 #[test]
 fn a_debian_guest_boots_is_restored_keeps_its_time_and_restarts() {
@@ -15,7 +15,7 @@ fn a_debian_guest_boots_is_restored_keeps_its_time_and_restarts() {
 
 #[test]
 fn a_debian_guest_with_four_vcpus_boots_and_is_restored() {
-    beating("5m", include_str!("four.sh"), &[]);
+    beating(Trust::Nothing, include_str!("four.sh"), &[]);
 }
 
 #[test]
@@ -37,7 +37,8 @@ fn a_debian_guest_boots_under_constant_checkpoints() {
 fn a_guests_clocks_are_right_within_50_ms_after_a_minute() {
     let image = image();
     let said = emulated(
-        ["2G", "10m"],
+        "2G",
+        Trust::Emulation,
         // Its own shell has an `ip` of its own.
         "bash",
         include_str!("clock.sh"),
@@ -66,7 +67,8 @@ fn large(cpus: &str, memory: &str) {
     println!(
         "{}",
         emulated(
-            ["8G", "1h"],
+            "8G",
+            Trust::Emulation,
             "sh",
             include_str!("large.sh"),
             &files,
@@ -82,14 +84,16 @@ fn image() -> Image {
 
 /// `pace`: seconds between the checkpoints of the boot.
 fn whole_life(cpus: &str, pace: &str) {
-    beating("10m", include_str!("linux.sh"), &[cpus, pace]);
+    beating(Trust::Emulation, include_str!("linux.sh"), &[cpus, pace]);
 }
 
-fn beating(timeout: &str, text: &str, last: &[&str]) {
+/// Behind what lets a guest beat.
+fn beating(trust: Trust, text: &str, last: &[&str]) {
     let image = image();
     let text = [include_str!("beating.sh"), "\n", text].concat();
     emulated(
-        ["2G", timeout],
+        "2G",
+        trust,
         "sh",
         &text,
         &[&image.bzimage, &image.initramfs],
@@ -97,13 +101,12 @@ fn beating(timeout: &str, text: &str, last: &[&str]) {
     );
 }
 
-/// Runs the script in that shell with those files and those last words in an emulated host of so much memory, for at
-/// most that time; what it said.
-fn emulated([memory, timeout]: [&str; 2], shell: &str, text: &str, files: &[&Path], last: &[&str]) -> String {
+/// Runs the script in that shell with those files and those last words in an emulated host of so much memory; what it said.
+fn emulated(memory: &str, trust: Trust, shell: &str, text: &str, files: &[&Path], last: &[&str]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let script = script(folder.path(), text);
     let mut command = vec![OsStr::new(shell), script.as_os_str()];
     command.extend(files.iter().map(|file| file.as_os_str()));
     command.extend(last.iter().map(OsStr::new));
-    until_well(memory, timeout, &[files, &[&script]].concat(), &command)
+    until_well(memory, trust, &[files, &[&script]].concat(), &command)
 }
