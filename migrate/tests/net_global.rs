@@ -217,6 +217,50 @@ async fn one_holder_uploads_and_another_does_when_that_one_is_gone() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_newest_point_that_is_damaged_the_next_one_stands_alone() {
+    let mut lab = Lab::new().await;
+    let share = lab.dir.path().join("share");
+    std::fs::create_dir(&share).unwrap();
+    lab.place.addr = format!("file://{}", share.display()).parse().unwrap();
+    let b = agent(lab.dir.path(), "b", &lab.registry, options(&lab.place)).await;
+    let c = agent(lab.dir.path(), "c", &lab.registry, options(&lab.place)).await;
+    let mut owner = lab.owner(&[b.address(), c.address()], 1).await;
+    let newest = owner.take(30);
+    owner.wait_committed(&newest).await;
+    is_up(&b, 1).await;
+    // The one that made it remembers it; the other reads it when it takes over.
+    let (first, other) = if status(&b).await.uploaded_points > 0 {
+        (b, c)
+    } else {
+        (c, b)
+    };
+    first.stop().await;
+    let point = only_file(&share.join("web/points"));
+    std::fs::write(&point, "no point").unwrap();
+    let newest = owner.take(30);
+    owner.wait_committed(&newest).await;
+    is_up(&other, 2).await;
+    let bucket = Bucket::open(&lab.place).unwrap();
+    assert!(bucket.point(&name("web", 1, 1)).await.is_err());
+    let alone = bucket.point(&newest).await.unwrap();
+    verify(&bucket, &alone, &mut Checked::default()).await.unwrap();
+    // It took up nothing of what it could not read.
+    assert_eq!(
+        status(&other).await.uploaded_bytes,
+        alone.links().iter().map(|link| link.bytes).sum::<u64>()
+    );
+}
+
+fn only_file(folder: &Path) -> std::path::PathBuf {
+    let mut files: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    assert_eq!(files.len(), 1, "{files:?}");
+    files.remove(0)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_no_policy_keeps_goes_and_the_rest_is_whole() {
     let lab = Lab::new().await;
     let keep = GlobalOptions {

@@ -24,7 +24,10 @@ use tokio::time::Instant;
 use super::Inner;
 use crate::clock::boottime;
 use crate::global::collect::{Seen, collect};
-use crate::global::{Bucket, ChainRecord, Checked, GlobalError, Place, fetch, upload, verify};
+use crate::global::{
+    Begun, Bucket, ChainRecord, Checked, GlobalError, Place, Trouble, Uploaded, Uploader, blocking, fetch,
+    verify,
+};
 use crate::mutex::lock;
 use crate::placement::{Watched, caretaker};
 use crate::registry::VmRecord;
@@ -39,6 +42,8 @@ use crate::wire::{
 const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
 /// After so many rounds without an upload another holder than the one that should makes it.
 const STEP_IN_AFTER: u32 = 3;
+/// How long a promote waits for a look there: a share may hang, and a server be away.
+const LOOK_WITHIN: Duration = Duration::from_secs(30);
 /// How often in a grace it is looked what may go.
 const COLLECTS_IN_GRACE: u32 = 24;
 /// How many points are looked at for one that the registry knows, or that has a segment.
@@ -93,6 +98,11 @@ struct Known {
     newest: Option<SegmentName>,
     points: u64,
     problem: Option<String>,
+    /// How often in a row it was not kept, and when that is tried again.
+    failures: u32,
+    again: Option<Instant>,
+    /// What the last upload had stored when it failed.
+    begun: Begun,
     /// What was newest when it was first seen that it is not what is committed, and when.
     behind: Option<(Option<SegmentName>, Instant)>,
     seen: Seen,
@@ -110,31 +120,54 @@ fn wait(failures: u32, every: Duration) -> Duration {
 
 impl Global {
     pub(super) fn new(options: GlobalOptions, max_links: u32, rate: Option<u64>) -> Self {
-        let global = Self {
+        Self {
             options,
             max_links,
             pace: rate.map_or_else(Pace::unlimited, Pace::bytes_per_second),
             bucket: Mutex::default(),
             state: Mutex::default(),
-        };
-        if let Err(error) = global.bucket() {
-            tracing::error!(%error, "the agent goes on without, and tries again");
-            lock(&global.state).problem = Some(in_full(&error));
         }
-        global
     }
 
-    fn bucket(&self) -> Result<Bucket, GlobalError> {
-        let mut bucket = lock(&self.bucket);
-        match &*bucket {
-            Some(bucket) => Ok(bucket.clone()),
-            None => Ok(bucket.insert(Bucket::open(&self.options.place)?).clone()),
+    async fn bucket(&self) -> Result<Bucket, GlobalError> {
+        let known = lock(&self.bucket).clone();
+        if let Some(bucket) = known {
+            return Ok(bucket);
         }
+        // A share may hang.
+        let place = self.options.place.clone();
+        let bucket = blocking(move || Bucket::open(&place)).await?;
+        Ok(lock(&self.bucket).insert(bucket).clone())
     }
 
     /// Ends an upload that is under way.
     pub(super) fn stop(&self) {
         self.pace.stop();
+    }
+
+    /// Whether a VM that could not be kept is to be left for now.
+    fn waits(&self, vm: &VmId) -> bool {
+        let state = lock(&self.state);
+        let again = state.vms.get(vm).and_then(|known| known.again);
+        again.is_some_and(|at| Instant::now() < at)
+    }
+
+    /// How looking after a VM ended.
+    fn note(&self, vm: &VmId, problem: Option<String>) {
+        let mut state = lock(&self.state);
+        let known = state.vms.entry(vm.clone()).or_default();
+        let new = known.problem != problem;
+        known.problem.clone_from(&problem);
+        let Some(why) = problem else {
+            (known.failures, known.again) = (0, None);
+            return;
+        };
+        known.failures = known.failures.saturating_add(1);
+        known.again = Some(Instant::now() + wait(known.failures, self.options.every));
+        state.counts.failed += 1;
+        if new {
+            tracing::error!(%vm, %why, "the global store is not kept for a VM; its protection goes on");
+        }
     }
 
     /// For how long the newest committed checkpoint of each VM is not there, as far as was looked.
@@ -184,6 +217,10 @@ pub(super) async fn run(inner: Arc<Inner>) {
     let Some(global) = &inner.global else { return };
     let mut stop = inner.stop.clone();
     let looking = async {
+        if let Err(error) = global.bucket().await {
+            tracing::error!(%error, "the agent goes on without, and tries again");
+            lock(&global.state).problem = Some(in_full(&error));
+        }
         loop {
             let failures = lock(&global.state).failures;
             tokio::time::sleep(wait(failures, global.options.every)).await;
@@ -216,9 +253,10 @@ pub(super) async fn run(inner: Arc<Inner>) {
     global.stop();
 }
 
-/// Looks after every VM that is held here. A VM's own trouble is noted with it; the store's ends the pass.
+/// Looks after every VM that is held here. A VM's own trouble is noted with it, and tried again at growing distances; the
+/// store's ends the pass.
 async fn pass(inner: &Arc<Inner>, global: &Global) -> Result<(), GlobalError> {
-    let bucket = global.bucket()?;
+    let bucket = global.bucket().await?;
     let (Ok(vms), Ok(nodes)) = (inner.registry.all_vms().await, inner.registry.all_nodes().await) else {
         // What is committed is not known: said where the registry's own state is.
         return Ok(());
@@ -229,26 +267,37 @@ async fn pass(inner: &Arc<Inner>, global: &Global) -> Result<(), GlobalError> {
     lock(&global.state)
         .vms
         .retain(|vm, _| held.iter().any(|record| record.vm == *vm));
+    let (mut well, mut forbidden) = (false, None);
     for record in held {
+        if global.waits(&record.vm) {
+            continue;
+        }
         let mine = caretaker(record, &nodes) == Some(inner.address.as_str());
-        let problem = match keep(inner, global, &bucket, record, mine).await {
-            Ok(()) => None,
-            Err(GlobalError::Stopped) => return Ok(()),
-            Err(error @ GlobalError::Refused { .. }) => return Err(error),
-            Err(error) => Some(in_full(&error)),
-        };
-        let mut state = lock(&global.state);
-        let known = state.vms.entry(record.vm.clone()).or_default();
-        let new = problem.is_some() && known.problem != problem;
-        known.problem.clone_from(&problem);
-        if let Some(why) = problem {
-            state.counts.failed += 1;
-            if new {
-                tracing::error!(vm = %record.vm, %why, "the global store is not kept for a VM; its protection goes on");
+        match keep(inner, global, &bucket, record, mine).await {
+            Ok(()) => {
+                well = true;
+                global.note(&record.vm, None);
             }
+            Err(GlobalError::Stopped) => return Ok(()),
+            // What one VM's objects may not, those of another may.
+            Err(
+                error @ GlobalError::Refused {
+                    trouble: Trouble::Permission,
+                    ..
+                },
+            ) => forbidden = Some((&record.vm, error)),
+            Err(error @ GlobalError::Refused { .. }) => return Err(error),
+            Err(error) => global.note(&record.vm, Some(in_full(&error))),
         }
     }
-    Ok(())
+    match forbidden {
+        Some((vm, error)) if well => {
+            global.note(vm, Some(in_full(&error)));
+            Ok(())
+        }
+        Some((_, error)) => Err(error),
+        None => Ok(()),
+    }
 }
 
 /// Looks after one VM.
@@ -289,23 +338,21 @@ async fn keep(
         return Ok(());
     }
     let newest = match &newest {
-        Some(name) => Some(read(global, bucket, name).await?),
+        Some(name) => match read(global, bucket, name).await {
+            Ok(record) => Some(record),
+            // A chain of its own needs nothing of it.
+            Err(error @ GlobalError::Damaged { .. }) if !is_there => {
+                tracing::error!(why = %in_full(&error), "the next upload of this VM stands on nothing there");
+                None
+            }
+            Err(error) => return Err(error),
+        },
         None => None,
     };
     match &newest {
         Some(there) if is_there => same_vm(inner, bucket, record, there).await?,
         newest => {
-            let within = global.options.grace / 2;
-            let done = upload(
-                bucket,
-                &inner.store,
-                committed,
-                newest.as_ref(),
-                global.max_links,
-                within,
-                &global.pace,
-            );
-            let done = done.await?;
+            let done = upload(inner, global, bucket, committed, newest.as_ref()).await?;
             let tip = &done.chain.tip().name;
             tracing::info!(%tip, segments = done.segments, bytes = done.bytes, to = %bucket, "uploaded");
             let mut state = lock(&global.state);
@@ -322,6 +369,28 @@ async fn keep(
         true => tidy(global, bucket, &record.vm).await,
         false => Ok(()),
     }
+}
+
+/// Uploads a checkpoint; from where the last try ended, if it is the same.
+async fn upload(
+    inner: &Inner,
+    global: &Global,
+    bucket: &Bucket,
+    tip: &Held,
+    newest: Option<&ChainRecord>,
+) -> Result<Uploaded, GlobalError> {
+    let vm = &tip.name.vm;
+    let mut begun = std::mem::take(&mut lock(&global.state).vms.entry(vm.clone()).or_default().begun);
+    let uploader = Uploader {
+        bucket,
+        store: &inner.store,
+        max_links: global.max_links,
+        within: global.options.grace / 2,
+        pace: &global.pace,
+    };
+    let done = uploader.upload(tip, newest, &mut begun).await;
+    lock(&global.state).vms.entry(vm.clone()).or_default().begun = begun;
+    done
 }
 
 /// A point, read once: it never changes.
@@ -412,21 +481,38 @@ pub(super) async fn committed(inner: &Inner, vm: &VmId) -> Result<Option<Segment
     let Some(global) = &inner.global else {
         return Ok(None);
     };
-    let found = async {
-        let bucket = global.bucket()?;
-        let names = bucket.points(vm).await?;
-        Ok::<_, GlobalError>((bucket, names))
-    };
-    let (bucket, names) = found.await.map_err(|e| in_full(&e))?;
+    match tokio::time::timeout(LOOK_WITHIN, look(inner, global, vm)).await {
+        Ok(found) => found,
+        Err(_) => Err(format!(
+            "the global store {} did not answer within {} s",
+            global.options.place.addr,
+            LOOK_WITHIN.as_secs()
+        )),
+    }
+}
+
+/// What [`committed`] looks for. One that is damaged does not hide those before it: who promotes is told what is newer in the
+/// registry, and has to want to go below that.
+async fn look(inner: &Inner, global: &Global, vm: &VmId) -> Result<Option<SegmentBrief>, String> {
+    let bucket = global.bucket().await.map_err(|e| in_full(&e))?;
+    let names = bucket.points(vm).await.map_err(|e| in_full(&e))?;
+    let mut damaged = None;
     for name in names.iter().rev().take(MAX_LOOKED_AT) {
-        if let Some(checkpoint) = registered(inner, name).await? {
-            let record = bucket.point(name).await.map_err(|e| in_full(&e))?;
-            if record.tip().checkpoint == checkpoint {
-                return Ok(Some(record.brief()));
+        let Some(checkpoint) = registered(inner, name).await? else {
+            continue;
+        };
+        match bucket.point(name).await {
+            Ok(record) if record.tip().checkpoint == checkpoint => return Ok(Some(record.brief())),
+            Ok(_) => {}
+            Err(error @ GlobalError::Damaged { .. }) => {
+                let why = in_full(&error);
+                tracing::error!(%why, "a restore point of the global store is passed over");
+                damaged.get_or_insert(why);
             }
+            Err(error) => return Err(in_full(&error)),
         }
     }
-    Ok(None)
+    damaged.map_or(Ok(None), Err)
 }
 
 /// Which checkpoint the registry knows by a name.
@@ -455,7 +541,7 @@ pub(super) async fn bring(inner: &Inner, tip: &Held, generation: Generation) -> 
         return Err("there is no global store".into());
     };
     let bring = async {
-        let bucket = global.bucket()?;
+        let bucket = global.bucket().await?;
         let names = bucket.points(&tip.name.vm).await?;
         let from = names.partition_point(|name| name.position() < tip.name.position());
         // A point that is newer has it as a link, when it stands on it.
@@ -486,7 +572,7 @@ fn none_here(inner: &Inner) -> Failure {
 pub(super) async fn list(inner: &Inner, call: ListCall) -> Result<SegmentPage, Failure> {
     let global = inner.global.as_ref().ok_or_else(|| none_here(inner))?;
     let failed = |e: GlobalError| Failure { why: in_full(&e) };
-    let bucket = global.bucket().map_err(failed)?;
+    let bucket = global.bucket().await.map_err(failed)?;
     let limit = call.limit.min(MAX_PAGE_SEGMENTS) as usize;
     let mut vms = match call.vm {
         Some(vm) => vec![vm],
@@ -519,7 +605,7 @@ pub(super) async fn list(inner: &Inner, call: ListCall) -> Result<SegmentPage, F
 pub(super) async fn check(inner: &Inner, call: VerifyCall) -> Result<VerifyReport, Failure> {
     let global = inner.global.as_ref().ok_or_else(|| none_here(inner))?;
     let failed = |e: GlobalError| Failure { why: in_full(&e) };
-    let bucket = global.bucket().map_err(failed)?;
+    let bucket = global.bucket().await.map_err(failed)?;
     let vms = match call.vm {
         Some(vm) => vec![vm],
         None => bucket.vms().await.map_err(failed)?,

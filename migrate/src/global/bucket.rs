@@ -210,7 +210,11 @@ impl Bucket {
     /// Makes an object; false when there is one of that name.
     async fn put_new(&self, doing: &'static str, path: &Path, bytes: Vec<u8>) -> Result<bool, GlobalError> {
         self.step(doing)?;
-        if self.folder.as_ref().is_some_and(|folder| !folder.is_dir()) {
+        if let Some(folder) = &self.folder
+            && !tokio::fs::metadata(folder)
+                .await
+                .is_ok_and(|found| found.is_dir())
+        {
             // The library would make it.
             return Err(GlobalError::Refused {
                 doing,
@@ -519,7 +523,7 @@ fn install_provider() {
 
 fn s3(bucket: &str, args: &GlobalArgs) -> Result<object_store::aws::AmazonS3, String> {
     install_provider();
-    let mut builder = AmazonS3Builder::from_env().with_bucket_name(bucket);
+    let mut builder = from_env(args.global_credentials.is_none()).with_bucket_name(bucket);
     if let Some(file) = &args.global_credentials {
         let (key, secret, token) = credentials(file)?;
         builder = builder.with_access_key_id(key).with_secret_access_key(secret);
@@ -553,6 +557,21 @@ fn s3(bucket: &str, args: &GlobalArgs) -> Result<object_store::aws::AmazonS3, St
         })
         .build()
         .map_err(|e| e.to_string())
+}
+
+/// What the environment says; of who asks only when `who`: a session's token belongs to its own keys alone.
+fn from_env(who: bool) -> AmazonS3Builder {
+    use AmazonS3ConfigKey::{AccessKeyId, SecretAccessKey, Token};
+    if who {
+        return AmazonS3Builder::from_env();
+    }
+    let settings = std::env::vars().filter(|(name, _)| name.starts_with("AWS_"));
+    settings.fold(AmazonS3Builder::new(), |builder, (name, value)| {
+        match name.to_ascii_lowercase().parse() {
+            Ok(AccessKeyId | SecretAccessKey | Token) | Err(_) => builder,
+            Ok(key) => builder.with_config(key, value),
+        }
+    })
 }
 
 type Keys = (String, String, Option<String>);

@@ -5,8 +5,8 @@
 //! parts that no point names           --seen so for the whole grace-->  the parts are removed
 //! ```
 //!
-//! Why this is safe: an upload takes up parts only from the newest point, which every policy keeps, and makes its own
-//! point within half of the grace, or not at all. So when a point has not been kept for the grace, whoever took it for
+//! Why this is safe: an upload takes up parts only from the newest point, which every policy keeps, or from its own last
+//! try, and makes its point within half of the grace since the first of them, or not at all. So when a point has not been kept for the grace, whoever took it for
 //! the newest has made its own point, or never will; and parts that nothing has named for the grace belong to an upload
 //! that has ended. The points are listed after the parts, so that a point made in between is seen. Times are of one clock
 //! of one process: it begins anew with each process, which only makes things go later.

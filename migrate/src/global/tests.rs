@@ -89,16 +89,33 @@ async fn up(bucket: &Bucket, store: &Arc<FsStore>, tip: &str) -> Result<Uploaded
         None => None,
     };
     let tip = held(store, tip);
-    upload(
+    up_on(bucket, store, &tip, newest.as_ref(), HOUR, &mut Begun::default()).await
+}
+
+/// Onto that point, in that time, from where another try ended.
+async fn up_on(
+    bucket: &Bucket,
+    store: &Arc<FsStore>,
+    tip: &Held,
+    newest: Option<&ChainRecord>,
+    within: Duration,
+    begun: &mut Begun,
+) -> Result<Uploaded, GlobalError> {
+    let uploader = Uploader {
         bucket,
         store,
-        &tip,
-        newest.as_ref(),
-        1000,
-        HOUR,
-        &Pace::unlimited(),
-    )
-    .await
+        max_links: 1000,
+        within,
+        pace: &Pace::unlimited(),
+    };
+    uploader.upload(tip, newest, begun).await
+}
+
+/// A chain of its own.
+async fn up_alone(bucket: &Bucket, store: &Arc<FsStore>, tip: &Held) -> Uploaded {
+    up_on(bucket, store, tip, None, HOUR, &mut Begun::default())
+        .await
+        .unwrap()
 }
 
 /// Every restore point that is listed can be read whole.
@@ -157,13 +174,8 @@ fn of_two_that_send_the_same_both_know_the_point_that_is_there() {
     let (bucket, _) = bucket();
     runtime().block_on(async {
         let tip = held(&store, "web/1/3");
-        let send = async || {
-            let pace = Pace::unlimited();
-            upload(&bucket, &store, &tip, None, 1000, HOUR, &pace)
-                .await
-                .unwrap()
-        };
-        let (first, second) = (send().await, send().await);
+        let first = up_alone(&bucket, &store, &tip).await;
+        let second = up_alone(&bucket, &store, &tip).await;
         assert!(first.made && !second.made);
         let there = bucket.point(&tip.name).await.unwrap();
         assert_eq!((&first.chain, &second.chain), (&there, &there));
@@ -237,6 +249,55 @@ fn an_upload_that_stops_anywhere_leaves_every_point_whole_and_is_made_up_for() {
     }
 }
 
+/// At whichever request it fails: the next sends what is not there yet, and nothing twice.
+#[test]
+fn an_upload_goes_on_where_the_last_one_failed() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = filled(dir.path(), 4);
+    let tip = held(&store, "web/1/4");
+    let runtime = runtime();
+    let whole = {
+        let (bucket, memory) = bucket();
+        runtime.block_on(async {
+            up_alone(&bucket, &store, &tip).await;
+            objects(&memory).await
+        })
+    };
+    let (mut resumed, mut least) = (0, u64::MAX);
+    for requests in 0.. {
+        let (bucket, memory) = bucket();
+        let ended = runtime.block_on(async {
+            let begun = &mut Begun::default();
+            bucket.faults.allow(requests);
+            let failed = up_on(&bucket, &store, &tip, None, HOUR, begun).await;
+            bucket.faults.allow(i64::MAX);
+            if failed.is_ok() {
+                return true;
+            }
+            let there = objects(&memory).await;
+            let done = up_on(&bucket, &store, &tip, None, HOUR, begun).await.unwrap();
+            assert!(done.made);
+            assert_eq!(
+                objects(&memory).await,
+                whole,
+                "{requests} requests, {there} there"
+            );
+            resumed = resumed.max(there);
+            least = least.min(done.bytes);
+            all_whole(&bucket).await;
+            false
+        });
+        if ended {
+            break;
+        }
+    }
+    assert_eq!(
+        (resumed, least),
+        (4, 0),
+        "an upload that failed before its point has all parts there, and none is sent again"
+    );
+}
+
 #[test]
 fn a_collection_that_stops_anywhere_leaves_every_point_whole() {
     let dir = tempfile::tempdir().unwrap();
@@ -251,9 +312,7 @@ fn a_collection_that_stops_anywhere_leaves_every_point_whole() {
             for tip in ["web/1/1", "web/1/2", "web/1/4", "web/1/6"] {
                 let tip = held(&store, tip);
                 // Nothing is taken up: four chains.
-                upload(&bucket, &store, &tip, None, 1000, HOUR, &Pace::unlimited())
-                    .await
-                    .unwrap();
+                up_alone(&bucket, &store, &tip).await;
             }
             let all = objects(&memory).await;
             let (mut seen, mut known) = (Seen::default(), BTreeMap::new());
@@ -307,15 +366,12 @@ fn what_an_upload_that_is_under_way_builds_on_stays() {
     runtime().block_on(async {
         let vm = vm("web");
         let (mut seen, mut known) = (Seen::default(), BTreeMap::new());
-        let pace = Pace::unlimited();
         up(&bucket, &store, "web/1/2").await.unwrap();
         // One that is slow has taken the newest point for what it builds on.
         let slow = bucket.point(&name("web/1/2")).await.unwrap();
         // Another makes a chain of its own meanwhile, and the point before is not kept any more.
         let other = held(&store, "web/1/4");
-        upload(&bucket, &store, &other, None, 1000, HOUR, &pace)
-            .await
-            .unwrap();
+        up_alone(&bucket, &store, &other).await;
         for minutes in [0, 20, 40, 59] {
             let now = Duration::from_secs(minutes * 60);
             collect(&bucket, &vm, &policy, &mut seen, &mut known, now, HOUR)
@@ -324,7 +380,8 @@ fn what_an_upload_that_is_under_way_builds_on_stays() {
         }
         // Within the grace it makes its point.
         let tip = held(&store, "web/1/6");
-        let done = upload(&bucket, &store, &tip, Some(&slow), 1000, HOUR / 2, &pace)
+        let begun = &mut Begun::default();
+        let done = up_on(&bucket, &store, &tip, Some(&slow), HOUR / 2, begun)
             .await
             .unwrap();
         assert_eq!(done.segments, 4);
@@ -335,7 +392,7 @@ fn what_an_upload_that_is_under_way_builds_on_stays() {
         }
         assert_eq!(all_whole(&bucket).await, [name("web/1/6")]);
         // One that took longer makes none.
-        let error = upload(&bucket, &store, &tip, None, 1000, Duration::ZERO, &pace)
+        let error = up_on(&bucket, &store, &tip, None, Duration::ZERO, begun)
             .await
             .unwrap_err();
         assert!(matches!(error, GlobalError::TooSlow { .. }), "{error}");

@@ -22,8 +22,8 @@ pub(super) struct Global {
     /// Which restore points stay there, as with --keep.
     #[arg(long, value_name = "POLICY", default_value = "last=60,hourly=24,daily=7")]
     global_keep: KeepPolicy,
-    /// How long what is not needed there stays. An upload has half as long.
-    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = time)]
+    /// How long what is not needed there stays: 10m at least. An upload has half as long.
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = grace)]
     global_grace: Duration,
 }
 
@@ -32,6 +32,17 @@ fn time(text: &str) -> Result<Duration, String> {
         Ok(time) if time >= Duration::from_millis(100) => Ok(time),
         Ok(_) => Err("it has to be 100ms at least".into()),
         Err(e) => Err(format!("{e}: write it like 60s or 24h")),
+    }
+}
+
+/// What an upload makes may need a last request that is as slow as requests may be.
+fn grace(text: &str) -> Result<Duration, String> {
+    const LEAST: Duration = Duration::from_secs(10 * 60);
+    match time(text)? {
+        grace if grace >= LEAST => Ok(grace),
+        _ => {
+            Err("it has to be 10m at least: an upload that is under way would lose what it has stored".into())
+        }
     }
 }
 
