@@ -472,6 +472,55 @@ fn a_holder_is_given_the_time_that_a_large_segment_takes() {
     assert!(gives_up(&end).is_some(), "a disk that hangs is noticed: {end:?}");
 }
 
+/// One that takes longer than was thought gets twice as long the next time: else nothing would ever be stored there.
+#[test]
+fn a_holder_that_is_slower_than_was_thought_gets_longer_each_time() {
+    let second = Duration::from_secs(1);
+    let mut sender = Sender::new(SenderConfig::new(vm(), MINE, "owner"));
+    let mut now = Duration::ZERO;
+    for (connection, times) in [(1, 1), (2, 2), (3, 4), (4, 8)] {
+        let frame = |message| SenderEvent::Frame {
+            connection,
+            stream: 0,
+            message,
+        };
+        // The pause before it is tried again.
+        now += 10 * second;
+        sender.step(SenderEvent::Tick, now);
+        sender.step(
+            SenderEvent::Connected {
+                connection,
+                version: 1,
+            },
+            now,
+        );
+        let flows = sender.step(frame(position_of(MINE, None)), now);
+        let asked = flows.iter().find_map(|action| match action {
+            SenderAction::Next { ticket, .. } => Some(*ticket),
+            _ => None,
+        });
+        let asked = asked.unwrap_or_else(|| panic!("it asks for nothing: {flows:?}"));
+        next(&mut sender, asked, Next::Segment(offer(1, true)), now);
+        let given_up = now + SenderConfig::new(vm(), MINE, "o").stall_after * times;
+        while now + second < given_up {
+            now += second;
+            let alive = sender.step(frame(Message::Ping(Ping {})), now);
+            assert_eq!(gives_up(&alive), None, "{times} times as long, at {now:?}");
+        }
+        now = given_up;
+        let end = sender.step(frame(Message::Ping(Ping {})), now);
+        assert!(gives_up(&end).is_some(), "{times} times as long: {end:?}");
+        sender.step(
+            SenderEvent::Lost {
+                connection,
+                why: "it stored nothing".into(),
+                jitter: 0,
+            },
+            now,
+        );
+    }
+}
+
 #[test]
 fn a_fence_is_believed_only_for_this_vm_and_a_higher_generation() {
     let other = segment::VmId::new("db").unwrap();

@@ -28,7 +28,8 @@ pub struct SenderConfig {
     pub ping_every: Duration,
     /// Silence after which the holder is given up.
     pub dead_after: Duration,
-    /// How long something sent may stay unacknowledged without any progress, and longer by what its bytes may take.
+    /// How long something sent may stay unacknowledged without any progress, and longer by what its bytes may take; twice as
+    /// long after each time that this was too short.
     pub stall_after: Duration,
     /// The slowest, in bytes a second, that a holder may be at checking a segment it has whole and at getting it to its disk.
     pub slowest_store: u64,

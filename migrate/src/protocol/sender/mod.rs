@@ -24,6 +24,9 @@ use asking::Asking;
 
 pub use api::{Next, SenderAction, SenderConfig, SenderEvent, SenderState};
 
+/// A holder that stores nothing is waited for at most 2 to this power times as long as the first time: an hour for a small one.
+const MAX_STALLS: u32 = 6;
+
 #[derive(Debug)]
 enum State {
     Waiting { until: Duration },
@@ -73,6 +76,8 @@ pub struct Sender {
     last_heard: Duration,
     last_sent: Duration,
     last_progress: Duration,
+    /// How often in a row it was given up because it stored nothing.
+    stalls: u32,
     attempts: u32,
     refusals: u32,
     full_asked: Option<Duration>,
@@ -101,6 +106,7 @@ impl Sender {
             last_heard: Duration::ZERO,
             last_sent: Duration::ZERO,
             last_progress: Duration::ZERO,
+            stalls: 0,
             attempts: 0,
             refusals: 0,
             full_asked: None,
@@ -416,6 +422,7 @@ impl Sender {
         }
         self.last_progress = now;
         self.refusals = 0;
+        self.stalls = 0;
         self.trouble = None;
     }
 
@@ -516,7 +523,9 @@ impl Sender {
         let patience = match &self.state {
             State::Flowing(flow) if !flow.unacked.is_empty() => {
                 let storing = flow.unacked_bytes / self.config.slowest_store.max(1);
-                Some(self.config.stall_after + Duration::from_secs(storing))
+                let patience = self.config.stall_after + Duration::from_secs(storing);
+                // One that is slower still gets there some time.
+                Some(patience.saturating_mul(1 << self.stalls.min(MAX_STALLS)))
             }
             State::Opening => Some(self.config.stall_after),
             _ => None,
@@ -525,6 +534,7 @@ impl Sender {
             && now >= self.last_progress + patience
         {
             let why = format!("it lives but stored nothing for {} s", patience.as_secs());
+            self.stalls = self.stalls.saturating_add(1);
             return self.disconnect(why, actions);
         }
         if now >= self.last_sent + self.config.ping_every {
