@@ -29,7 +29,7 @@ enum Undo {
 
 /// How the end comes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
+pub(super) enum End {
     /// The process dies; the kernel writes everything in time.
     Crash,
     /// The power is cut: what was not synced is lost.
@@ -152,7 +152,7 @@ impl Fault for CrashAt {
 
 /// What the store said yes to.
 #[derive(Debug, Default)]
-struct Said {
+pub(super) struct Said {
     /// Segments it has, by the script.
     stored: Vec<SegmentName>,
     /// Segments it was told to remove or merge away.
@@ -161,13 +161,71 @@ struct Said {
     gone: Vec<SegmentName>,
     promised: Generation,
     promise_asked: Generation,
+    /// Each is told on standard output too, for a parent that outlives this process.
+    pub(super) aloud: bool,
 }
 
-type Segments = Vec<(SegmentName, Vec<u8>)>;
-type Script = fn(&Arc<FsStore>, &Segments, &mut Said) -> Result<(), StoreError>;
+/// One thing that it said, or was told.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Word {
+    Stored,
+    Going,
+    Gone,
+    Back,
+    Asked,
+    Promised,
+}
+
+const WORDS: [(&str, Word); 6] = [
+    ("stored", Word::Stored),
+    ("going", Word::Going),
+    ("gone", Word::Gone),
+    ("back", Word::Back),
+    ("asked", Word::Asked),
+    ("promised", Word::Promised),
+];
+
+impl Said {
+    fn note(&mut self, word: Word, what: &str) {
+        match word {
+            Word::Stored => self.stored.push(name(what)),
+            Word::Going => self.going.push(name(what)),
+            Word::Gone => self.gone.push(name(what)),
+            Word::Back => self.going.retain(|going| *going != name(what)),
+            Word::Asked => self.promise_asked = Generation(what.parse().unwrap()),
+            Word::Promised => self.promised = Generation(what.parse().unwrap()),
+        }
+        if self.aloud {
+            let (said, _) = WORDS[word as usize];
+            // In one piece, and not through the test harness.
+            let line = format!("{said} {what}\n");
+            rustix::io::write(rustix::stdio::stdout(), line.as_bytes()).unwrap();
+        }
+    }
+
+    /// What a process said that told it aloud.
+    pub(super) fn heard(text: &str) -> Self {
+        let mut said = Self::default();
+        for line in text.lines() {
+            if let Some((word, what)) = line.split_once(' ')
+                && let Some((_, word)) = WORDS.iter().find(|(known, _)| *known == word)
+            {
+                said.note(*word, what);
+            }
+        }
+        said
+    }
+}
+
+pub(super) type Segments = Vec<(SegmentName, Vec<u8>)>;
+pub(super) type Script = fn(&Arc<FsStore>, &Segments, &mut Said) -> Result<(), StoreError>;
 
 /// A store that is folded and collected while it is filled; ends at the first error.
-fn live_and_collect(store: &Arc<FsStore>, segments: &Segments, said: &mut Said) -> Result<(), StoreError> {
+pub(super) fn live_and_collect(
+    store: &Arc<FsStore>,
+    segments: &Segments,
+    said: &mut Said,
+) -> Result<(), StoreError> {
     let keep: KeepPolicy = "last=3".parse().unwrap();
     let options = CollectOptions {
         max_links: 4,
@@ -180,16 +238,15 @@ fn live_and_collect(store: &Arc<FsStore>, segments: &Segments, said: &mut Said) 
     for part in [4, 3, 2] {
         for (name, bytes) in &segments[taken..taken + part] {
             put(store, name, bytes)?;
-            said.stored.push(name.clone());
+            said.note(Word::Stored, &name.to_string());
         }
         taken += part;
         if part == 4 {
             store.fold(&name("web/1/3"), 1, &Pace::unlimited())?;
         }
-        said.going = segments[..taken - 3]
-            .iter()
-            .map(|(name, _)| name.clone())
-            .collect();
+        for (name, _) in &segments[..taken - 3] {
+            said.note(Word::Going, &name.to_string());
+        }
         for short_of_room in [false, true] {
             let options = CollectOptions {
                 short_of_room,
@@ -214,39 +271,43 @@ fn live_and_collect(store: &Arc<FsStore>, segments: &Segments, said: &mut Said) 
         error => panic!("{error}"),
     })?;
     assert_eq!(imported.added, 3);
-    let back: Vec<_> = segments[..3].iter().map(|(name, _)| name.clone()).collect();
-    said.going.retain(|name| !back.contains(name));
+    for (name, _) in &segments[..3] {
+        said.note(Word::Back, &name.to_string());
+    }
     Ok(())
 }
 
 /// A store's life; ends at the first error.
-fn live(store: &Arc<FsStore>, segments: &Segments, said: &mut Said) -> Result<(), StoreError> {
-    let promise = |said: &mut Said, generation| {
-        said.promise_asked = Generation(generation);
-        said.promised = store.promise(&vm("web"), Generation(generation))?;
+pub(super) fn live(store: &Arc<FsStore>, segments: &Segments, said: &mut Said) -> Result<(), StoreError> {
+    let promise = |said: &mut Said, generation: u64| {
+        said.note(Word::Asked, &generation.to_string());
+        let promised = store.promise(&vm("web"), Generation(generation))?;
+        said.note(Word::Promised, &promised.to_string());
         Ok::<_, StoreError>(())
     };
     promise(said, 1)?;
     for (name, bytes) in segments {
         put(store, name, bytes)?;
-        said.stored.push(name.clone());
+        said.note(Word::Stored, &name.to_string());
     }
     let run = ["web/1/2", "web/1/3", "web/1/4"].map(name);
-    said.going.extend(run[..2].iter().cloned());
+    for merged in &run[..2] {
+        said.note(Word::Going, &merged.to_string());
+    }
     // What was merged away may come back: it is whole, and a merge is done when the newest is.
     store.merge_into_newest(&run, 1)?;
     promise(said, 2)?;
     let next = name("web/2/1");
     put(store, &next, &other_checkpoint(&next))?;
-    said.stored.push(next.clone());
-    said.going.push(next.clone());
+    said.note(Word::Stored, &next.to_string());
+    said.note(Word::Going, &next.to_string());
     store.remove(&next)?;
-    said.gone.push(next);
+    said.note(Word::Gone, &next.to_string());
     promise(said, 3)
 }
 
 /// What must be true of a store that is opened after that.
-fn check(dir: &Path, said: &Said, oracle: &BTreeMap<SegmentName, Bytes>, end: End, context: &str) {
+pub(super) fn check(dir: &Path, said: &Said, oracle: &BTreeMap<SegmentName, Bytes>, end: End, context: &str) {
     let store = FsStore::open(dir, None, Durability::Durable).unwrap_or_else(|e| panic!("{context}: {e}"));
     assert_eq!(
         store.damaged(),
@@ -287,13 +348,13 @@ fn check(dir: &Path, said: &Said, oracle: &BTreeMap<SegmentName, Bytes>, end: En
 }
 
 /// On a file system in memory where there is one: the syncs are the fault's to watch, not the disk's to make.
-fn tempdir() -> tempfile::TempDir {
+pub(super) fn tempdir() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm")
         .or_else(|_| tempfile::tempdir())
         .unwrap()
 }
 
-fn oracle(segments: &Segments) -> BTreeMap<SegmentName, Bytes> {
+pub(super) fn oracle(segments: &Segments) -> BTreeMap<SegmentName, Bytes> {
     let dir = tempdir();
     let store = FsStore::open(dir.path(), None, Durability::Spool).unwrap();
     let next = name("web/2/1");

@@ -58,6 +58,8 @@ mod encrypted_tests;
 #[cfg(test)]
 pub(crate) mod fixture;
 #[cfg(test)]
+mod syscall_tests;
+#[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, HashMap};
