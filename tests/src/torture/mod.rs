@@ -11,6 +11,7 @@
 
 mod arena;
 mod ears;
+mod epochs;
 mod failovers;
 mod links;
 mod lookout;
@@ -25,6 +26,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
+use tempfile::TempDir;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Left in the folder by the inner program when it is where it should be.
@@ -51,6 +53,8 @@ enum What {
     Failovers(FailoverOptions),
     /// The links between three hosts are cut, delayed and healed at random
     Links(LinkOptions),
+    /// A guest is checkpointed thousands of times, and what its holder keeps is compared with what the guest had
+    Epochs(EpochOptions),
 }
 
 /// What all of them take.
@@ -102,11 +106,22 @@ pub(crate) struct LinkOptions {
     common: Common,
 }
 
+/// What `torture epochs` takes.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct EpochOptions {
+    /// How many checkpoints
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    count: u32,
+    #[command(flatten)]
+    common: Common,
+}
+
 impl What {
     fn common(&self) -> &Common {
         match self {
             Self::Failovers(options) => &options.common,
             Self::Links(options) => &options.common,
+            Self::Epochs(options) => &options.common,
         }
     }
 }
@@ -172,6 +187,7 @@ fn inside(options: &Options, folder: &Path) -> Result<()> {
     match &options.what {
         What::Failovers(options) => failovers::run(options, folder),
         What::Links(options) => links::run(options, folder),
+        What::Epochs(_) => bail!("that needs no namespaces"),
     }
 }
 
@@ -186,6 +202,27 @@ fn outside(options: &Options) -> Result<ExitCode> {
         arguments.extend(["--seed".into(), seed.to_string().into()]);
     }
     arguments.extend(["--inside".into(), folder.path().into()]);
+    let done = match &options.what {
+        What::Epochs(options) => Some(epochs::run(options, seed, folder.path())),
+        What::Failovers(_) | What::Links(_) => None,
+    };
+    match done {
+        Some(Ok(())) if common.keep => say(format!("kept: {}", folder.keep().display())),
+        Some(Ok(())) => {}
+        Some(Err(error)) => {
+            let folder = folder.keep();
+            return Err(error.context(format!(
+                "with seed {seed}; what there is, is kept in {}",
+                folder.display()
+            )));
+        }
+        None => return namespaces(common, seed, &arguments, folder),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The same program again, in namespaces of its own.
+fn namespaces(common: &Common, seed: u64, arguments: &[OsString], folder: TempDir) -> Result<ExitCode> {
     say(format!(
         "seed {seed}; all of it is in {}",
         folder.path().display()
@@ -194,7 +231,7 @@ fn outside(options: &Options) -> Result<ExitCode> {
         .enable_all()
         .build()
         .context("start a runtime")?;
-    let Some(status) = runtime.block_on(go_inside(&arguments))? else {
+    let Some(status) = runtime.block_on(go_inside(arguments))? else {
         // The folder goes with this.
         return Ok(ExitCode::from(INTERRUPTED));
     };
