@@ -4,7 +4,7 @@
 //! the folder appears under its name only when it is complete. apt checks the signatures.
 
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -76,7 +76,10 @@ impl Packages {
         let sources = folder.join("sources.list");
         let mirror = mirror(name)?;
         let line = format!("deb [signed-by={KEYRING}] {mirror} {name}-backports main\n");
-        fs::write(&sources, line).map_err(io("write", &sources))?;
+        // Whole, whoever reads it meanwhile.
+        let written = folder.join(format!("sources.{}", std::process::id()));
+        fs::write(&written, line).map_err(io("write", &written))?;
+        fs::rename(&written, &sources).map_err(io("rename to", &sources))?;
         let apt = [
             ("Dir::Etc::sourcelist", sources.as_path()),
             ("Dir::Etc::sourceparts", Path::new("/dev/null")),
@@ -176,6 +179,11 @@ impl Packages {
 
     fn update(&self) -> Result<(), Error> {
         let here = Path::new(".");
+        // Others may want the same at the same time, and apt-get does not wait for the lists.
+        fs::create_dir_all(&self.store).map_err(io("create", &self.store))?;
+        let path = self.store.join("update.lock");
+        let turn = File::create(&path).map_err(io("create", &path))?;
+        turn.lock().map_err(io("lock", &path))?;
         // The lists of the machine itself belong to root, ours to us.
         if self.apt.is_empty() && run("id", ["-u"])?.trim() != "0" {
             run_in(here, "sudo", ["-n", "apt-get", "update", "-qq"]).map(drop)
