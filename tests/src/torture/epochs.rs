@@ -29,10 +29,10 @@ const MEMORY_BYTES: usize = 32 << 20;
 const MEMORY_SPACE: SpaceId = SpaceId(0);
 const EVERY: &str = "10ms";
 /// How many restore points the holder keeps, and at most how many links a chain has.
-const KEPT: u64 = 400;
-const MAX_LINKS: &str = "40";
+const KEPT: u64 = 200;
+const MAX_LINKS: &str = "100";
 /// A point is compared when it has aged by at least and at most so many checkpoints.
-const AGE: (u64, u64) = (20, 250);
+const AGE: (u64, u64) = (20, 150);
 /// The next is put aside at most so many later.
 const APART: u64 = 60;
 /// How many copies of the memory are held at a time.
