@@ -3,6 +3,7 @@
 
 mod net_common;
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -394,7 +395,8 @@ async fn what_a_lying_and_a_dead_holder_do_not_give_comes_from_another() {
     );
     let holders = [b.address(), c.address()];
     let registry = Registry::remote(a.address(), &tester());
-    let generation = create(&registry, "web", &holders, 2).await;
+    let dead = "127.0.0.1:1";
+    let generation = create(&registry, "web", &[b.address(), c.address(), dead], 2).await;
     let mut owner = Owner::start(dir.path(), "web", generation, &holders, 2, None);
     for _ in 0..8 {
         owner.take(16);
@@ -407,12 +409,21 @@ async fn what_a_lying_and_a_dead_holder_do_not_give_comes_from_another() {
         let store = dir.path().join("b").join("store");
         swap_content(&store, &owner.name(epoch), parent.as_ref(), 16);
     }
+    let forged: SegmentName = owner.name(9);
     owner.shipper.stop().await;
+    // One that is no holder, and has something newer under the VM's name.
+    let stranger = agent_with(dir.path(), "d", &a).await;
+    let bytes = other_bytes(&forged, checkpoint_of(&forged, 1), None, 16, 77);
+    let mut incoming = stranger.store().begin(&forged, bytes.len() as u64).unwrap();
+    incoming.write_all(&bytes).unwrap();
+    incoming.commit().unwrap();
     let mut client = Client::connect(a.address(), &tester()).await.unwrap();
     let call = CopyCall {
         vm: vm("web"),
         generation,
-        from: vec!["127.0.0.1:1".into(), b.address().into(), c.address().into()],
+        from: [dead, stranger.address(), b.address(), c.address()]
+            .map(str::to_owned)
+            .into(),
     };
     let Reply::Copied(report) = client.call(Call::Copy(call), PATIENCE).await.unwrap() else {
         panic!("another answer");
@@ -421,8 +432,12 @@ async fn what_a_lying_and_a_dead_holder_do_not_give_comes_from_another() {
         report.notes.iter().any(|n| n.contains("announced with digest")),
         "{report:?}"
     );
+    assert!(report.notes.iter().any(|n| n.contains(dead)), "{report:?}");
     assert!(
-        report.notes.iter().any(|n| n.contains("127.0.0.1:1")),
+        report
+            .notes
+            .iter()
+            .any(|n| n.contains(stranger.address()) && n.contains("is no holder")),
         "{report:?}"
     );
     assert_eq!(report.newest.unwrap().name, tip);
@@ -432,7 +447,7 @@ async fn what_a_lying_and_a_dead_holder_do_not_give_comes_from_another() {
         assert_eq!((&copy.name, copy.digest), (&truth.name, truth.digest));
         a.store().verify(&copy.name).unwrap();
     }
-    for agent in [b, c, a] {
+    for agent in [b, c, stranger, a] {
         agent.stop().await;
     }
 }

@@ -356,10 +356,22 @@ pub(super) async fn copy_vm(inner: &Arc<Inner>, call: CopyCall) -> Result<CopyRe
         let why = format!("{} holders to copy from: at most {MAX_HOLDERS}", from.len());
         return Err(Failure { why });
     }
-    let from: Vec<String> = from.into_iter().filter(|h| *h != inner.address).collect();
+    let record = inner.registry.get_vm(&vm).await.map_err(|error| Failure {
+        why: format!("who holds VM {vm} is not known: {}", in_full(&error)),
+    })?;
+    // Whom to ask is not for the caller alone to say: a node that is no holder could have anything under the VM's name, and
+    // what is newest here is what a takeover runs.
+    let (from, strangers): (Vec<_>, Vec<_>) = from
+        .into_iter()
+        .filter(|holder| *holder != inner.address)
+        .partition(|holder| record.holders.contains(holder));
     let (mut wanted, mut rest) = (Vec::new(), BTreeMap::new());
     let mut tip: Option<SegmentBrief> = None;
-    let mut failures = Vec::new();
+    let mut failures: Vec<_> = strangers
+        .iter()
+        .map(|stranger| format!("{stranger} is no holder of VM {vm}: it was not asked"))
+        .collect();
+    let unasked = failures.len();
     for holder in &from {
         let listed = match list(inner, holder, &vm).await {
             Ok(listed) => listed,
@@ -383,7 +395,8 @@ pub(super) async fn copy_vm(inner: &Arc<Inner>, call: CopyCall) -> Result<CopyRe
             rest.entry(brief.name.clone()).or_insert(brief);
         }
     }
-    if tip.is_none() && rest.is_empty() && failures.len() == from.len() && !from.is_empty() {
+    let asked_for_nothing = from.is_empty() && unasked == 0;
+    if tip.is_none() && rest.is_empty() && failures.len() == from.len() + unasked && !asked_for_nothing {
         return Err(Failure {
             why: format!("no holder of VM {vm} says what it has: {}", failures.join("; ")),
         });
